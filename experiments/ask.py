@@ -1,0 +1,220 @@
+"""The command line of sentencekv.py: read a long text once, ask about it, see which sentences were fetched to answer.
+
+Without arguments: the embedded tiny model, a story of about 4,000 tokens with facts buried in it, three questions,
+each answered with the dense cache and with SentenceKV.
+"""
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from model import DenseKV, Llama
+from sentencekv import PAPER, RANKS, SentenceKV, sentence_flags
+from tokenizer import Tokenizer
+
+TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(prog="sentencekv.py", description=__doc__.split("\n\n")[0].split(": ", 1)[1],
+                                epilog="Without arguments: a story, three questions, the embedded tiny model.")
+    p.add_argument("--model", metavar="DIR", default=str(TINY),
+                   help="a Llama in Hugging Face's or Meta's layout (default: the tiny one)")
+    p.add_argument("--prompt-file", metavar="FILE", help="the long text, UTF-8 (default: a made-up story)")
+    p.add_argument("--ask", metavar="TEXT", action="append", default=[],
+                   help="a question after the text; given several times, each is a follow-up of the one before")
+    p.add_argument("--raw", action="store_true", help="no chat template, even if the tokenizer has Llama 3's tokens")
+    p.add_argument("--dense", action="store_true", help="answer with the dense cache too, to compare")
+    p.add_argument("--paper", action="store_true",
+                   help="the paper's settings: " + ", ".join(f"{k} {v}" for k, v in PAPER.items()))
+    p.add_argument("--budget", type=int, help="most tokens attended to per step and head (default 1024; story: 384)")
+    p.add_argument("--keep", type=float, help="keep only this times the budget of the prompt's tokens (default: all)")
+    p.add_argument("--sink", type=int, help="first tokens, always attended (default 4)")
+    p.add_argument("--recent", type=int, help="last tokens, always attended (default 32)")
+    p.add_argument("--window", type=int, help="queries that judge what --keep keeps (default 32)")
+    p.add_argument("--pool", type=int, help="width of the max-pool over that judgement (default 1: none)")
+    p.add_argument("--rank", choices=RANKS, help="how sentences are ranked (default bounds; the paper's is mean)")
+    p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    p.add_argument("--top-p", type=float, default=1.0,
+                   help="sample from the likeliest tokens that together have this probability (default 1)")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling, and of the story (default 0)")
+    p.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
+    p.add_argument("--show", type=int, default=3, metavar="N", help="fetched sentences to show (default 3)")
+    return p.parse_args(argv)
+
+
+def progress(what):
+    """A counting line on stderr, for what takes more than two seconds."""
+    start = time.perf_counter()
+
+    def report(done, total):
+        if time.perf_counter() - start > 2:
+            print(f"\r{what}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    return report
+
+
+class Watched(SentenceKV):
+    """A SentenceKV that notes for its first row what was fetched, and how much attention it got."""
+
+    def watch(self):
+        self.steps, self.wanted, self.attention, self.seconds = 0, Counter(), Counter(), 0.0
+
+    def attend(self, layer, q, k, v):
+        out = super().attend(layer, q, k, v)
+        if q.shape[2] == 1:
+            start = time.perf_counter()
+            self.note(q[0, :, 0], *(t[0] for t in self.layers[layer].fetched))
+            self.seconds += time.perf_counter() - start
+        return out
+
+    def note(self, q, sentence, taken):
+        """q (Hq, d); sentence and taken (H, k), as SentenceKV.fetched() tells them, of one layer."""
+        near, keys = self.near_mask.shape[1], self.work[:, 0, :, 0].transpose(0, 1)          # (H, n, d)
+        H, n, d = keys.shape
+        seen = torch.arange(n - near, device=q.device) < taken.sum(1, keepdim=True)          # (H, n - near)
+        seen = torch.cat((self.near_mask[:1].expand(H, near), seen), dim=1)                  # (H, n)
+        logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5               # (H, G, n)
+        weight = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1)[:, near:]         # (H, n - near)
+        self.steps += H
+        for h in range(H):
+            owner = sentence[h].repeat_interleave(taken[h])                                  # sentence of each token
+            got = torch.zeros(int(sentence[h].max()) + 1, device=q.device).index_add_(0, owner, weight[h, :len(owner)])
+            for s in sentence[h][taken[h] > 0].tolist():
+                self.wanted[s] += 1
+                self.attention[s] = max(self.attention[s], float(got[s]))
+
+
+class Conversation:
+    """A model, one cache, and the ids that have gone into it, so that fetched sentences can be shown as text."""
+
+    def __init__(self, model, tokenizer, cache, args):
+        self.model, self.tokenizer, self.cache, self.args = model, tokenizer, cache, args
+        self.ids, self.unread = [], []                       # in the cache; generated last and not in the cache yet
+
+    def take(self, ids):
+        """-> (1, T): what was generated last, then `ids`. From now on they count as read."""
+        ids, self.unread = self.unread + ids, []
+        self.ids += ids
+        return torch.tensor([ids], device=self.model.norm.weight.device)
+
+    def read(self, ids, what):
+        """Put a text into the cache; -> seconds that it took."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.model(self.take(ids), self.cache, progress=progress(f"{what}: reading, layer"))
+        return time.perf_counter() - start
+
+    def answer(self, ids, stop):
+        """Yield what follows `ids`, piece by piece; then `ms` has the times of the decode steps, without watching."""
+        a, self.ms, watched = self.args, [], isinstance(self.cache, Watched)
+        steps = self.model.generate(self.take(ids), self.cache, a.max_new_tokens, a.temperature, a.top_p, a.seed, stop)
+
+        def generated():
+            if watched:
+                self.cache.watch()
+            start, watching = time.perf_counter(), 0.0
+            for token in steps:
+                self.ids += self.unread                      # the step has put the token before into the cache
+                self.unread = token.tolist()
+                now, watching = watching, self.cache.seconds if watched else 0.0
+                self.ms.append(1e3 * (time.perf_counter() - start - (watching - now)))
+                yield self.unread[0]
+                start = time.perf_counter()
+        yield from self.tokenizer.stream(generated())
+        self.ms = self.ms[1:] or self.ms                     # the first token is the work of the prompt
+
+    def show_fetched(self, n, truth):
+        """Print the n sentences that got the most attention of any head at any step."""
+        cache = self.cache
+        for s, attention in cache.attention.most_common(n):
+            start, end = cache.first[0, s:s + 2].tolist()
+            text = " ".join(self.tokenizer.decode(self.ids[start:end]).split())
+            print(f"    fetched by {cache.wanted[s] / cache.steps:4.0%} of layers, heads and steps, at most "
+                  f"{attention:4.0%} of a head's attention:  {text[:80]}{' ...' if len(text) > 80 else ''}"
+                  f"{'  <- the fact' if truth and text == truth.strip() else ''}")
+
+
+def settings(args, story):
+    """The keyword settings of SentenceKV: the preset, then what was given on the command line."""
+    given = {name: getattr(args, name) for name in ("budget", "keep", "sink", "recent", "window", "pool", "rank")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**({"budget": 384} if story else {}), **(PAPER if args.paper else {}), **given}
+
+
+def prompts(args, tokenizer):
+    """-> ids of the long text, [(ids, question, true answer or None)], ids that end an answer."""
+    plain = args.raw or "<|eot_id|>" not in tokenizer.added
+    if args.prompt_file:
+        text, facts, ends = Path(args.prompt_file).read_text(encoding="utf-8"), [], ""
+    else:
+        from train_tiny import story
+        text, facts = story(4000, facts=8, seed=args.seed)
+        facts, ends = [facts[1], facts[4], facts[-2]], "."                       # early, middle, late
+    asked = [(q, None) for q in args.ask] or facts
+    if plain:
+        ids = tokenizer.encode(text, bos=tokenizer.bos_id is not None)
+        asked = [(tokenizer.encode(q if q[:1].isspace() else " " + q), q, truth) for q, truth in asked]
+    else:                                                                        # the questions are turns of a chat
+        turns = [tokenizer.chat([{"role": "user", "content": q}])[1:] for q, _ in asked]
+        tail = tokenizer.chat([{"role": "user", "content": ""}])[len(tokenizer.chat([])) - 1:]
+        ids = tokenizer.chat([{"role": "user", "content": text}])[:-len(tail)]
+        asked = [(t if i else tokenizer.encode("\n\n" + q) + tail, q, truth)
+                 for i, (t, (q, truth)) in enumerate(zip(turns, asked))]
+    if not asked:                                                                # nothing asked: go on with the text
+        ids, asked = ids[:-1], [(ids[-1:], "", None)]
+    return ids, asked, tokenizer.stop_ids | set(tokenizer.encode(ends))
+
+
+def run(args):
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = Tokenizer.from_dir(args.model)
+    model = Llama.from_pretrained(args.model, device=device, dtype=args.dtype and getattr(torch, args.dtype),
+                                  progress=progress("loading, tensor"))
+    if device == "cpu" and args.model == str(TINY):
+        torch.set_num_threads(1)                             # in a model this small threads only wait for each other
+    ids, asked, stop = prompts(args, tokenizer)
+    caches = {"SentenceKV": Watched(sentence_flags(tokenizer.token_bytes), **settings(args, not args.prompt_file))}
+    if args.dense or any(truth for _, _, truth in asked):
+        caches = {"dense": DenseKV(), **caches}
+    talks = {name: Conversation(model, tokenizer, cache, args) for name, cache in caches.items()}
+
+    print(f"{len(ids)} tokens of text, a Llama of {sum(p.numel() for p in model.parameters()):,} parameters in "
+          f"{model.norm.weight.dtype} on {device}, budget {caches['SentenceKV'].budget}\n"
+          f"{' '.join(tokenizer.decode(ids[:60]).split())} ...\n")
+    for name, talk in talks.items():
+        seconds, bytes_ = talk.read(ids, name), talk.cache.memory()
+        print(f"{name:10}  read in {seconds:.2f} s, KV cache: {bytes_['device'] / 1e6:6.2f} MB on the device, "
+              f"{bytes_['host'] / 1e6:6.2f} MB in host memory")
+    for question_ids, question, truth in asked:
+        print(f"\n{question.strip()}" + (f"\n    {'truth':10}  {truth.strip()}" if truth else ""))
+        for name, talk in talks.items():
+            print(f"    {name:10} ", end="", flush=True)
+            for piece in talk.answer(question_ids, stop):
+                print(piece.replace("\n", "\n    "), end="", flush=True)
+            bytes_ = talk.cache.memory()
+            print(f"\n    {'':10}  [{statistics.median(talk.ms):.1f} ms/token, device {bytes_['device'] / 1e6:.2f} MB, "
+                  f"host {bytes_['host'] / 1e6:.2f} MB]")
+        talks["SentenceKV"].show_fetched(args.show, truth)
+
+
+def main(argv=None):
+    """Returns the exit status: 0; 2, after one line that says why, for settings or files that cannot work; 130 after
+    Ctrl-C."""
+    args = parse(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0

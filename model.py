@@ -1,0 +1,486 @@
+"""A minimal Llama (2, 3, 3.1, 3.2) that loads real checkpoints, and the plain dense KV cache.
+
+Reading order: Config -> rotary, Attention, MLP, Block -> Llama -> DenseKV -> the loaders.
+
+The model owns no cache. Every layer hands its queries, keys and values to a cache object and gets the attention
+output back; whatever the cache does in between (keep all of it, as DenseKV does here, or keep sentences in CPU
+memory, as sentencekv.py does) is none of the model's business. A cache has two methods:
+
+    begin(tokens)            tokens (B, T) that come next -> their positions (B, T); called once per forward
+    attend(layer, q, k, v)   q (B, Hq, T, d), k and v (B, Hkv, T, d), rotated -> (B, Hq, T, d); once per layer
+
+Shapes: B rows, T new tokens, N tokens in the cache, D model width, Hq query heads, Hkv key-value heads,
+G = Hq / Hkv query heads share one key-value head (GQA), d width of a head, V vocabulary.
+"""
+import json, math, os, re
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+
+def demand(ok, message):
+    if not ok:
+        raise ValueError(message)
+
+def whole(fields, *names):
+    for name in names:
+        demand(type(fields[name]) is int and 1 <= fields[name] <= 1 << 24,
+               f"{name} must be a whole number from 1 to 2^24, got {fields[name]!r:.60}")
+
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+
+@dataclass
+class Config:
+    """The shape of a Llama, named as in Hugging Face's config.json. ValueError for what cannot be."""
+    vocab_size: int                         # V
+    hidden_size: int                        # D
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int                # Hq
+    num_key_value_heads: int | None = None  # Hkv; None: as many as query heads
+    head_dim: int | None = None             # d; None: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None        # None, or Llama 3.1's scaling: the four numbers named in LLAMA3_ROPE
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 4096     # told, not used
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            whole(vars(self), "hidden_size", "num_attention_heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        whole(vars(self), "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+        heads, kv_heads, d = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        tied, s = self.tie_word_embeddings, self.rope_scaling
+        demand(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        demand(d % 2 == 0 and heads * d <= 1 << 24, f"head_dim must be even (rotary pairs) and not huge, got {d}")
+        demand(type(tied) is bool, f"tie_word_embeddings must be true or false, got {tied!r:.60}")
+        demand(s is None or isinstance(s, dict) and s.keys() == LLAMA3_ROPE.keys(),
+               f"rope_scaling must have {', '.join(LLAMA3_ROPE)}, got {s!r:.120}")
+        numbers = {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta}
+        for name, x in [*numbers.items()] + [(f"rope_scaling {n}", x) for n, x in (s or {}).items()]:
+            demand(type(x) in (int, float) and 1e-12 <= x <= 1e12, f"{name} must be 1e-12 to 1e12, got {x!r:.60}")
+        demand(s is None or s["low_freq_factor"] < s["high_freq_factor"],
+               "rope_scaling: low_freq_factor must be smaller than high_freq_factor")
+
+LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=131072)
+LLAMA32 = dict(LLAMA3, rope_scaling={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True)
+SHAPES = {  # published configurations, for measurements with random weights
+    "llama-3.1-8b": dict(LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, rope_scaling=LLAMA3_ROPE),
+    "llama-3.2-1b": dict(LLAMA32, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                         num_attention_heads=32),
+    "llama-3.2-3b": dict(LLAMA32, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                         num_attention_heads=24),
+    "tiny": dict(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+                 num_attention_heads=4, num_key_value_heads=2, rope_theta=100000.0, tie_word_embeddings=True,
+                 max_position_embeddings=16384),
+}
+
+def rope_frequencies(c: Config) -> torch.Tensor:
+    """Angle per position of each of the d/2 rotated pairs, (d/2,) float32; with Llama 3.1's scaling if set.
+
+    The scaling slows pairs that turn fewer than `low_freq_factor` times in the original context down by `factor`,
+    leaves pairs that turn more than `high_freq_factor` times alone, and blends linearly in between.
+    """
+    frequency = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float32, device="cpu") / c.head_dim)
+    if not c.rope_scaling:
+        return frequency
+    s = c.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    blend = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    return torch.lerp(frequency / s["factor"], frequency, blend.clamp(0, 1))
+
+def rotate(x, cos, sin):
+    """Rotary embedding, Hugging Face's layout: pair i is (x[i], x[i + d/2]). x (B, H, T, d), cos (B, 1, T, d/2)."""
+    a, b = x.chunk(2, dim=-1)                                                   # (B, H, T, d/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)            # (B, H, T, d)
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.d, q_width, kv_width = c.head_dim, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_width, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, layer, cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.d).transpose(1, 2)               # (B, Hq, T, d)
+        k = self.k_proj(x).view(B, T, -1, self.d).transpose(1, 2)               # (B, Hkv, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.d).transpose(1, 2)               # (B, Hkv, T, d)
+        y = cache.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)    # (B, Hq, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                 # (B, T, D)
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+class Block(nn.Module):
+    SLICE = 4096  # tokens; the MLP's hidden layer is the widest tensor of a prefill, so it never exists whole
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, layer, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, cache)             # (B, T, D)
+        return torch.cat([s + self.mlp(self.post_attention_layernorm(s)) for s in x.split(self.SLICE, dim=1)], dim=1)
+
+class Llama(nn.Module):
+    """Parameter names are Hugging Face's without the leading "model."."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.inv_freq = rope_frequencies(c)         # a plain attribute: float32 for ever, whatever .to(dtype) does
+
+    def check(self, tokens):
+        """ValueError for tokens that cannot be embedded. Not at decode steps on a GPU: a look would stall them."""
+        demand(tokens.ndim == 2 and 0 not in tokens.shape and tokens.dtype in (torch.int64, torch.int32),
+               f"tokens must be int64 of shape (batch, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.device.type == "cpu" or tokens.shape[1] > 1:
+            V = self.config.vocab_size
+            for id in map(int, tokens.aminmax()):
+                demand(0 <= id < V, f"token id {id} is not in the vocabulary of {V}")
+
+    def forward(self, tokens, cache, all_logits=False, progress=None):
+        """tokens (B, T) -> float32 logits of the last position (B, V), or of every position (B, T, V).
+
+        `cache` holds what came before; T > 1 is a prompt (or its continuation), T == 1 a decode step.
+        `progress(done, layers)` is called after every layer. Raises ValueError for tokens that cannot be embedded.
+        """
+        self.check(tokens)
+        positions = cache.begin(tokens)                                         # (B, T)
+        x = self.embed_tokens(tokens)                                           # (B, T, D)
+        self.inv_freq = self.inv_freq.to(x.device)                              # moves once, with the model
+        angle = positions[:, None, :, None].float() * self.inv_freq             # (B, 1, T, d/2)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, i, cache)
+            if progress is not None:
+                progress(i + 1, len(self.layers))
+        x = self.norm(x if all_logits else x[:, -1])                            # (B, T, D) or (B, D)
+        return F.linear(x, (self.lm_head or self.embed_tokens).weight).float()
+
+    @torch.no_grad()
+    def generate(self, tokens, cache, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop_ids=(),
+                 progress=None):
+        """Stream new tokens: yields one (B,) tensor of ids per step. tokens (B, T) is what the cache has not seen.
+
+        temperature 0 is greedy; otherwise samples from the smallest set of tokens whose probability reaches top_p.
+        A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends.
+        ValueError, at the first step, for arguments that make no sense.
+        """
+        demand(type(max_new_tokens) is int and max_new_tokens >= 0,
+               f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+        demand(0 <= temperature < math.inf, f"temperature must be finite and at least 0, got {temperature}")
+        demand(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
+        demand(seed is None or type(seed) is int and 0 <= seed < 1 << 63,
+               f"seed must be None or a whole number from 0 to 2^63 - 1, got {seed!r}")
+        rng = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=tokens.device)
+        last = done = torch.zeros(tokens.shape[:1], dtype=torch.bool, device=tokens.device)
+        for step in range(max_new_tokens):
+            logits = self(tokens, cache, progress=progress if step == 0 else None)          # (B, V)
+            last = torch.where(done, last, sample(logits, temperature, top_p, rng))         # (B,)
+            yield last
+            done = done | torch.isin(last, stops)                                           # (B,)
+            if len(stops) and bool(done.all()):
+                return
+            tokens = last[:, None]                                                          # (B, 1)
+
+    @classmethod
+    def random(cls, shape, device=None, dtype=None, seed=0, **changes):
+        """A model of a named shape (see SHAPES) with random weights; `changes` replace fields of its Config."""
+        demand(shape in SHAPES, f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+        with torch.device("meta"):                                              # no memory yet
+            model = cls(Config(**{**SHAPES[shape], **changes})).to(dtype or torch.float32)
+        model = model.to_empty(device=device or "cpu").requires_grad_(False)
+        rng = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+        for p in model.parameters():
+            p.fill_(1.0) if p.ndim == 1 else p.normal_(0, p.shape[1] ** -0.5, generator=rng)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path, device=None, dtype=None, progress=None):
+        """Load a Hugging Face directory (config.json, *.safetensors) or a Meta one (params.json, *.pth).
+
+        device: default CPU. dtype: default that of the checkpoint's embeddings. Parameters come with requires_grad
+        False. `progress(done, total)` is called per tensor. Every tensor is accounted for: ValueError (or
+        FileNotFoundError) names the file and the tensor that is missing, unexpected, mis-shaped or damaged.
+        """
+        path = Path(path)
+        if os.path.isfile(path / "config.json"):
+            return assemble(path, *read_huggingface(path), huggingface_name, device, dtype, progress)
+        if os.path.isfile(path / "params.json"):
+            return from_meta_layout(assemble(path, *read_meta(path), meta_name, device, dtype, progress))
+        raise FileNotFoundError(f"{path}: no config.json (Hugging Face) and no params.json (Meta) in it")
+
+def sample(logits, temperature=0.0, top_p=1.0, rng=None):
+    """logits (B, V) -> ids (B,). Nucleus sampling; temperature 0 takes the largest logit."""
+    if temperature < 1e-6:                                                      # less would overflow float32
+        return logits.argmax(-1)
+    p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)       # (B, V) each
+    if top_p < 1:
+        rest = p.cumsum(-1) - p >= top_p                                        # (B, V) those before reach top_p
+        rest[:, 0] = False                                                      # one is always left
+        p = p.masked_fill(rest, 0)
+    return ids.gather(-1, torch.multinomial(p, 1, generator=rng)).squeeze(-1)   # (B,)
+
+# ---------------------------------------------------------------------------------------------- the dense cache
+
+def causal_attention(q, k, v, step=512):
+    """Exact attention of T new tokens over N >= T cached ones, the T being the last; GQA without expansion.
+
+    q (B, Hq, T, d), k and v (B, Hkv, N, d) -> (B, Hq, T, d). Queries go in slices, so that no (T, N) mask or score
+    matrix ever exists. The causal mask is aligned to the lower right: the last query sees every key.
+    """
+    B, Hq, T, d = q.shape
+    Hkv, N = k.shape[1:3]
+    if T == 1:  # the G query heads of a group become G queries of one head
+        return F.scaled_dot_product_attention(q.reshape(B, Hkv, Hq // Hkv, d), k, v).reshape(B, Hq, 1, d)
+    out = []
+    for i in range(0, T, step):
+        t = min(step, T - i)
+        end = N - T + i + t                                                     # keys for the slice's last query
+        out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :end], v[:, :, :end], enable_gqa=True,
+                                                  attn_mask=causal_lower_right(t, end)))    # (B, Hq, t, d)
+    return torch.cat(out, dim=2)                                                # (B, Hq, T, d)
+
+class DenseKV:
+    """The plain cache: every key and value stays on the device. Teacher, oracle and yardstick of all others.
+
+    keys, values: per layer (B, Hkv, capacity, d), grown by an eighth when full; `length` tokens of it are in use.
+    """
+
+    def __init__(self):
+        self.length, self.keys, self.values = 0, [], []
+
+    def begin(self, tokens):
+        """Take note of the tokens (B, T) that come next; return their positions (B, T)."""
+        B, T = tokens.shape
+        rows = self.keys[0].shape[0] if self.keys else B
+        demand(rows == B, f"this cache holds {rows} rows, got tokens for {B}: use a new cache")
+        self.length += T
+        return torch.arange(self.length - T, self.length, device=tokens.device).expand(B, T)
+
+    def attend(self, layer, q, k, v):
+        """Store k and v (B, Hkv, T, d); attention of q (B, Hq, T, d) over all that is stored -> (B, Hq, T, d)."""
+        N, T = self.length, k.shape[2]
+        for store, new in ((self.keys, k), (self.values, v)):
+            if layer == len(store):
+                store.append(new[:, :, :0])
+            if N > store[layer].shape[2]:
+                room = new.new_empty(*new.shape[:2], T + max(64, N // 8), new.shape[3])
+                store[layer] = torch.cat((store[layer][:, :, :N - T], room), dim=2)         # (B, Hkv, capacity, d)
+            store[layer][:, :, N - T:N] = new
+        return causal_attention(q, self.keys[layer][:, :, :N], self.values[layer][:, :, :N])
+
+    def memory(self):
+        """Bytes of all buffers: {"device": ..., "host": ...}."""
+        return {"device": sum(t.nbytes for t in self.keys + self.values), "host": 0}
+
+# -------------------------------------------------------------------------------------------------- the loaders
+# Files come from anywhere and may be damaged or hostile: nothing in them is believed, and no code in them is run.
+
+@contextmanager
+def blame(path, thing=""):
+    """Whatever fails inside becomes a ValueError of one line that names the file and the thing in it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        kind = {ValueError: "", KeyError: "missing field "}.get(type(e), f"{type(e).__name__}: ")
+        text = " ".join(f"{repr(thing) if thing else ''} {kind}{e}".split())
+        raise ValueError(f"{path}: {text[:400]}") from e
+
+def parse_json(raw):
+    """bytes -> dict. ValueError for anything but one JSON object, and for a name given twice."""
+    def unique(pairs):
+        for name, count in Counter(name for name, _ in pairs).items():
+            demand(count == 1, f"{name!r:.100} is given {count} times")
+        return dict(pairs)
+    value = json.loads(raw.decode(), object_pairs_hook=unique)
+    demand(isinstance(value, dict), "must hold a JSON object")
+    return value
+
+def huggingface_name(name):
+    return name if name == "lm_head.weight" else "model." + name
+
+SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+def read_safetensors(path):
+    """{name: tensor} of one file, memory-mapped: bytes are read from disk when a tensor is used.
+
+    The format: 8 bytes of length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the raw data.
+    ValueError where the header lies: bad length, wrong sizes, holes or overlaps, a name given twice.
+    """
+    size = os.path.getsize(path)
+    with blame(path), open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        demand(2 <= n <= min(size - 8, 100_000_000),
+               f"truncated or not a safetensors file (a header of {n} bytes in a file of {size})")
+        header = parse_json(f.read(n))
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + n:]
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        with blame(path, name):
+            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS.get(entry["dtype"])
+            demand(dtype, f"has dtype {entry['dtype']!r:.60}, supported are {', '.join(SAFETENSORS)}")
+            demand(len(shape) <= 8 and all(type(i) is int and 0 <= i < 1 << 48 for i in (begin, end, *shape)),
+                   f"has a bad shape {shape!r:.60} or bad offsets {begin!r:.60}, {end!r:.60}")
+            demand(end - begin == math.prod(shape) * dtype.itemsize and end <= len(data),
+                   f"of shape {shape} in {dtype} cannot be bytes {begin} to {end} of {len(data)}")
+            t = data[begin:end] if (8 + n + begin) % dtype.itemsize == 0 else data[begin:end].clone()   # aligned
+            tensors[name] = t.view(dtype).view(shape)
+            spans.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(spans) + [(len(data), 0, "end of file")]:
+        with blame(path, name):
+            demand(begin == at, f"is at byte {begin}, but what is before it ends at {at}: a hole or an overlap")
+        at = end
+    return tensors
+
+def read_huggingface(path):
+    """A Hugging Face directory -> (Config, {name in the files: (file, tensor)})."""
+    with blame(path / "config.json"):
+        config = huggingface_config(parse_json((path / "config.json").read_bytes()))
+    places, files, index = None, ["model.safetensors"], path / "model.safetensors.index.json"
+    if os.path.isfile(index) and not os.path.exists(path / files[0]):
+        with blame(index):
+            places = parse_json(index.read_bytes())["weight_map"]
+            files = sorted(set(places.values()))
+            for f in files:
+                demand(re.fullmatch(r"[\w.-]{1,200}\.safetensors", f),
+                       f"{f!r:.100} is not the plain name of a .safetensors file")
+    tensors = {}
+    for f in files:
+        for name, t in read_safetensors(path / f).items():
+            with blame(path / f, name):
+                demand(places is None or places.get(name) == f, f"is in this file, but not according to {index.name}")
+            tensors[name] = (path / f, t)
+    return config, tensors
+
+def huggingface_config(j):
+    """config.json of a LlamaForCausalLM -> Config. Anything that this model does not compute is refused."""
+    demand(j.get("model_type") == "llama", f"model_type {j.get('model_type')!r:.60} is not supported, only 'llama'")
+    for name, only in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1,
+                       "quantization_config": None}.items():
+        demand(j.get(name) in (None, only), f"{name} = {j.get(name)!r:.60} is not supported, only {only!r}")
+    given = [j[name] for name in ("rope_scaling", "rope_parameters") if j.get(name) is not None]    # old and new name
+    rope = given[0] if given else {}
+    demand(isinstance(rope, dict) and given in ([], [rope], [rope, rope]),
+           f"rope_scaling and rope_parameters must be one and the same object, got {given!r:.200}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    demand(kind in ("default", "llama3") and rope.keys() <= {"rope_type", "type", "rope_theta", *LLAMA3_ROPE},
+           f"rope {rope!r:.200} is not supported, only the types 'default' and 'llama3'")
+    return Config(
+        j["vocab_size"], j["hidden_size"], j["intermediate_size"], j["num_hidden_layers"], j["num_attention_heads"],
+        j.get("num_key_value_heads"), j.get("head_dim"), j.get("rms_norm_eps", 1e-6),
+        rope_theta=rope.get("rope_theta", j.get("rope_theta", 10000.0)),
+        rope_scaling={name: rope.get(name) for name in LLAMA3_ROPE} if kind == "llama3" else None,
+        tie_word_embeddings=j.get("tie_word_embeddings", False),
+        max_position_embeddings=j.get("max_position_embeddings", 2048))
+
+def read_meta(path):
+    """A Meta directory -> (Config, {name in the file: (file, tensor)})."""
+    file, params = path / "consolidated.00.pth", path / "params.json"
+    demand(not os.path.exists(path / "consolidated.01.pth"),
+           f"{path}: the checkpoint is split for several GPUs; use the Hugging Face version of this model")
+    with blame(file):
+        content = dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))   # runs no code in it
+        rows = len(content["tok_embeddings.weight"])
+    with blame(params):
+        config = meta_config(parse_json(params.read_bytes()), rows, tied="output.weight" not in content)
+    return config, {name: (file, t) for name, t in content.items()}
+
+def meta_config(p, rows, tied):
+    """params.json -> Config. Unsaid there: Llama 3.2 (1B and 3B, narrower than 4096) has another factor of the rope
+    scaling than 3.1 (32, not 8, as Hugging Face publishes it), and only 3.2 may come without an output matrix."""
+    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+             "norm_eps", "rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len"}
+    demand(p.keys() <= known, f"{min(p.keys() - known, default='')!r:.60} is not supported")
+    whole(p, "dim", "n_heads", "multiple_of")
+    D, scaled, factor = p["dim"], p.get("use_scaled_rope", False), 32.0 if p["dim"] < 4096 else 8.0
+    demand(type(scaled) is bool, f"use_scaled_rope must be true or false, got {scaled!r:.60}")
+    demand(p.get("vocab_size", -1) in (-1, rows),
+           f"vocab_size {p.get('vocab_size')!r:.60}, but tok_embeddings.weight has {rows} rows")
+    demand(not tied or scaled and D < 4096, "output.weight is missing, and this is no Llama 3.2 of 1B or 3B")
+    hidden = int((p.get("ffn_dim_multiplier") or 1) * int(2 * 4 * D / 3))
+    return Config(
+        rows, D, -(-hidden // p["multiple_of"]) * p["multiple_of"], p["n_layers"], p["n_heads"], p.get("n_kv_heads"),
+        rms_norm_eps=p.get("norm_eps", 1e-5), rope_theta=p.get("rope_theta", 10000.0),
+        rope_scaling={**LLAMA3_ROPE, "factor": factor} if scaled else None, tie_word_embeddings=tied)
+
+META_NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
+              "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
+              "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+              "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
+              "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+
+def meta_name(name):
+    return re.sub("|".join(META_NAMES), lambda match: META_NAMES[match[0]], name)
+
+def from_meta_layout(model):
+    """Meta rotates neighbours (x[2i], x[2i+1]), this model (x[i], x[i + d/2]): reorder the rows of each head."""
+    for block in model.layers:
+        for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
+            pairs = w.view(-1, block.self_attn.d // 2, 2, w.shape[1])                       # (H, d/2, 2, D)
+            w.copy_(pairs.transpose(1, 2).reshape(w.shape))                                 # (H * d, D)
+    return model
+
+def assemble(path, config, tensors, spell, device, dtype, progress):
+    """A model from tensors {spell(name): (file, tensor)}, after comparing the names and every shape."""
+    demand(config.num_hidden_layers <= len(tensors),
+           f"{path}: the config asks for {config.num_hidden_layers} layers, there are {len(tensors)} tensors")
+    with torch.device("meta"):                                                  # names and shapes without memory
+        model = Llama(config)
+    shapes = {spell(name): p.shape for name, p in model.named_parameters()}
+    missing = [name for name in shapes if name not in tensors]
+    with blame(path, missing and missing[0]):
+        demand(not missing, f"is missing ({len(missing)} of {len(shapes)} tensors are)")
+    table = tensors[spell("embed_tokens.weight")][1]
+    for name, (file, t) in tensors.items():
+        with blame(file, name):
+            if name.endswith(("rotary_emb.inv_freq", "rope.freqs")):            # in older files; recomputed
+                continue
+            if name == spell("lm_head.weight") and config.tie_word_embeddings:  # allowed, if it is the same
+                demand(torch.equal(t, table), "differs from the embeddings, yet tie_word_embeddings is true")
+                continue
+            demand(name in shapes, "is unexpected, this model has no such tensor")
+            demand(t.shape == shapes[name], f"has shape {tuple(t.shape)}, the config asks for {tuple(shapes[name])}")
+            demand(t.dtype in SAFETENSORS.values() and t.device.type == "cpu" and t.is_contiguous(),
+                   f"is no plain tensor of float32, float16 or bfloat16, but {t.dtype}")
+    state, dtype = {}, dtype or table.dtype
+    for name, _ in model.named_parameters():
+        state[name] = tensors[spell(name)][1].detach().to(device=device or "cpu", dtype=dtype, copy=True)
+        if progress is not None:
+            progress(len(state), len(shapes))
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False)

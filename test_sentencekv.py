@@ -1,0 +1,1919 @@
+"""Every claim of the README, checked against plain references. Run: python -m pytest
+
+The references here are written the slow, obvious way (loops over tokens, float64) and share no code with what they
+check. A cache is tested alone, fed with random q, k and v, so that a failure names the line that broke.
+"""
+import base64
+import doctest
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import struct
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import sentencekv
+import tokenizer as T
+from experiments import ask
+from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, rope_frequencies, sample
+from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
+from tokenizer import Tokenizer
+from train_tiny import needle, story
+
+ROOT = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
+quick = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+
+# ----------------------------------------------------------------------------------------------- plain references
+
+# A toy vocabulary: ids 0-5 are words, words after a space, full stops, paragraph ends, closing quotes, white space.
+TOY = [b"word", b" word", b".", b".\n\n", b'"', b" "]
+TOY_FLAGS = sentence_flags(TOY)
+
+
+def plain_sentences(tokens, sink, cap):
+    """Sentence number of every token (sink: -1) of one row, by a loop over its tokens that knows the toy vocabulary."""
+    ids, sentence, size, state = [], -1, 0, "open"
+    for i, token in enumerate(tokens):
+        if i < sink:
+            ids.append(-1)
+            continue
+        extends = token in (4, 5)
+        begins = not extends and (state == "ended" or state == "maybe" and token == 1)
+        if sentence == -1 or begins or size == cap:
+            sentence, size = sentence + 1, 0
+        size += 1
+        ids.append(sentence)
+        if token == 3:
+            state = "ended"
+        elif token == 2:
+            state = "maybe"
+        elif token == 5 and state == "maybe":
+            state = "ended"
+        elif not extends:
+            state = "open"
+    return ids
+
+
+class Plain:
+    """All that went through a cache, kept as lists, and attention by definition in float64."""
+
+    def __init__(self, B, Hq, H, d, sink, recent, cap):
+        self.tokens, self.known = [[] for _ in range(B)], [[] for _ in range(B)]
+        self.B, self.Hq, self.H, self.d, self.sink, self.recent, self.cap = B, Hq, H, d, sink, recent, cap
+
+    def add(self, tokens):
+        for row, new in zip(self.tokens, tokens.tolist()):
+            row += new
+
+    def sentences(self, b):
+        if len(self.known[b]) != len(self.tokens[b]):
+            self.known[b] = plain_sentences(self.tokens[b], self.sink, self.cap)
+        return self.known[b]
+
+    def near(self, b):
+        """Positions that are always attended: the sink, and the recent window rounded out to whole sentences."""
+        ids, n = self.sentences(b), len(self.tokens[b])
+        oldest = ids[max(n - self.recent, 0)]
+        return [i for i in range(n) if i < self.sink or i >= n - self.recent or ids[i] >= oldest]
+
+
+def plain_attention(q, k, v):
+    """The queries of one group: q (G, d), k and v (n, d) -> (G, d), float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    return torch.softmax(q @ k.T / math.sqrt(q.shape[1]), dim=-1) @ v
+
+
+def fetched_tokens(cache):
+    """cache.fetched() as (layers, B, H, S): the tokens fetched of each sentence."""
+    sentence, taken = (t.cpu() for t in cache.fetched())
+    return torch.zeros(*sentence.shape[:3], cache.first.shape[1] - 1, dtype=torch.long).scatter_(3, sentence, taken)
+
+
+class Feed:
+    """A cache with random q, k, v going through it; `rows` remembers all keys and values as the oracle sees them."""
+
+    def __init__(self, seed, B=1, Hq=4, H=2, d=8, layers=1, dtype=torch.float64, words=None, device="cpu", **setting):
+        self.rng = torch.Generator().manual_seed(seed)
+        self.cache = SentenceKV(TOY_FLAGS, **setting)
+        self.B, self.Hq, self.H, self.d, self.layers, self.dtype, self.device = B, Hq, H, d, layers, dtype, device
+        c = self.cache
+        self.plain = Plain(B, Hq, H, d, c.sink, c.recent, c.max_sentence)
+        self.k = torch.zeros(layers, B, H, 0, d, dtype=dtype)
+        self.v = torch.zeros(layers, B, H, 0, d, dtype=dtype)
+        self.weights = torch.tensor(words or [3.0, 6, 1, 0.5, 0.5, 0.5])
+
+    def random(self, *shape):
+        return torch.randn(*shape, generator=self.rng, dtype=torch.float64).to(self.dtype)
+
+    def push(self, T, tokens=None, q=None, k=None, v=None):
+        """T more tokens through all layers -> outputs (layers, B, Hq, T, d); keeps q, k, v of the call."""
+        if tokens is None:
+            tokens = torch.multinomial(self.weights, self.B * T, True, generator=self.rng).view(self.B, T)
+        self.q = self.random(self.layers, self.B, self.Hq, T, self.d) if q is None else q
+        k = self.random(self.layers, self.B, self.H, T, self.d) if k is None else k
+        v = self.random(self.layers, self.B, self.H, T, self.d) if v is None else v
+        self.k, self.v = torch.cat((self.k, k), 3), torch.cat((self.v, v), 3)
+        self.plain.add(tokens)
+        to = lambda t: t.to(self.device)
+        self.positions = self.cache.begin(to(tokens))
+        return torch.stack([self.cache.attend(l, to(self.q[l]), to(k[l]), to(v[l])) for l in range(self.layers)]).cpu()
+
+    def expect(self, attended):
+        """Attention of the last call's queries, by definition. attended(l, b, h, t) -> list of positions."""
+        out, G = torch.zeros(self.q.shape, dtype=torch.float64), self.Hq // self.H
+        for l, b, h, t in itertools.product(range(self.layers), range(self.B), range(self.H), range(self.q.shape[3])):
+            at = attended(l, b, h, t)
+            group = slice(h * G, h * G + G)
+            out[l, b, group, t] = plain_attention(self.q[l, b, group, t], self.k[l, b, h, at], self.v[l, b, h, at])
+        return out
+
+    def causal(self):
+        n, T = self.k.shape[3], self.q.shape[3]
+        return self.expect(lambda l, b, h, t: list(range(n - T + t + 1)))
+
+    def reported(self, kept=None):
+        """Positions that the cache says the last step attended to: [l][b][h] -> sorted list, fetched ones apart."""
+        fetched = fetched_tokens(self.cache)
+        result = {}
+        for l, b, h in itertools.product(*map(range, fetched.shape[:3])):
+            ids = self.plain.sentences(b)
+            far = []
+            for s, taken in enumerate(fetched[l, b, h].tolist()):
+                members = [i for i, x in enumerate(ids) if x == s and (kept is None or i in kept[l][b])]
+                assert taken <= len(members)
+                far += members[:taken]
+            result[l, b, h] = far
+        return result
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def assert_close(a, b, dtype=torch.float64):
+    difference = (a.double() - b.double()).abs()
+    assert difference.max() <= TOLERANCE[dtype], f"max {difference.max():.2e}, mean {difference.mean():.2e}"
+
+
+heads = st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 2), (4, 1)])
+layouts = st.sampled_from([None, [8.0, 8, 1, 0.2, 0.2, 0.2], [1.0, 1, 1, 1, 1, 1], [5.0, 5, 0, 0, 0, 0]])
+
+# --------------------------------------------------------------------------------------------- 1. exact when it fits
+
+
+@quick
+@given(st.integers(0, 2**31), heads, st.integers(1, 3), layouts, st.integers(1, 60), st.integers(0, 5),
+       st.sampled_from(["mean", "bounds"]), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_a_budget_that_covers_the_context_equals_dense_attention(seed, heads, B, words, T, sink, rank, dtype):
+    feed = Feed(seed, B, *heads, dtype=dtype, words=words, budget=160, sink=sink, recent=7, rank=rank)
+    assert_close(feed.push(T), feed.causal(), dtype)
+    for _ in range(24):
+        assert_close(feed.push(1), feed.causal(), dtype)
+    assert_close(feed.push(9), feed.causal(), dtype)
+    assert_close(feed.push(1), feed.causal(), dtype)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_context_that_came_token_by_token_equals_dense_attention_too(first):
+    feed = Feed(0, 2, 4, 2, layers=2, budget=100, sink=6, recent=4)
+    assert_close(feed.push(first), feed.causal())
+    for _ in range(80):
+        assert_close(feed.push(1), feed.causal())
+
+
+# --------------------------------------------------------------------------------- 2, 3. any budget is what it says
+
+small = dict(seed=st.integers(0, 2**31), heads=heads, B=st.integers(1, 2), words=layouts, T=st.integers(2, 90),
+             budget=st.integers(12, 60), sink=st.integers(0, 4), recent=st.integers(1, 7),
+             rank=st.sampled_from(["mean", "bounds"]))
+
+
+@quick
+@given(**small)
+def test_any_budget_equals_dense_attention_masked_to_the_tokens_reported(seed, heads, B, words, T, budget, sink,
+                                                                         recent, rank):
+    feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
+    assert_close(feed.push(T), feed.causal())
+    for _ in range(8):
+        out, far = feed.push(1), feed.reported()
+        assert_close(out, feed.expect(lambda l, b, h, t: sorted(far[l, b, h] + feed.plain.near(b))))
+
+
+@quick
+@given(**small)
+def test_the_budget_is_never_exceeded_and_never_left_unused(seed, heads, B, words, T, budget, sink, recent, rank):
+    feed = Feed(seed, B, *heads, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
+    feed.push(T)
+    for _ in range(20):
+        feed.push(1)
+        for (l, b, h), far in feed.reported().items():
+            near = feed.plain.near(b)
+            assert not set(near) & set(far)                       # nothing attended to twice
+            assert len(near) + len(far) == min(budget, len(feed.plain.tokens[b]))
+
+
+@quick
+@given(**small)
+def test_a_higher_scored_sentence_is_never_left_out_for_a_lower_one(seed, heads, B, words, T, budget, sink, recent,
+                                                                    rank):
+    feed = Feed(seed, B, *heads, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
+    feed.push(T)
+    queries = [[] for _ in range(B)]                                  # of the sentence being generated, per row
+    for _ in range(12):
+        feed.push(1)
+        fetched = fetched_tokens(feed.cache)
+        for b in range(B):
+            ids = feed.plain.sentences(b)
+            if len(ids) == 1 or ids[-1] != ids[-2]:
+                queries[b] = []
+            queries[b].append(feed.q[0, b, :, 0])
+            near = feed.plain.near(b)
+            far = sorted({x for i, x in enumerate(ids) if i not in near})
+            for h in range(feed.H):
+                group = slice(h * feed.Hq // feed.H, (h + 1) * feed.Hq // feed.H)
+                scores = {}
+                for s in far:
+                    keys = feed.k[0, b, h, [i for i, x in enumerate(ids) if x == s]]
+                    if rank == "mean":
+                        scores[s] = float(torch.stack(queries[b])[:, group].mean((0, 1)) @ keys.mean(0))
+                    else:                                             # the largest product of any point in the box
+                        scores[s] = sum(float(max(q * low, q * high)) for query in feed.q[0, b, group, 0]
+                                        for q, low, high in zip(query, keys.amin(0), keys.amax(0)))
+                order = sorted(far, key=lambda s: -scores[s])
+                room = budget - len(near)
+                for s in order:
+                    size = ids.count(s)
+                    assert fetched[0, b, h, s] == min(size, max(room, 0)), (scores, order)
+                    room -= size
+                assert fetched[0, b, h].sum() == sum(fetched[0, b, h, s] for s in far)
+
+
+@quick
+@given(**small)
+def test_sink_recent_and_open_sentence_are_always_attended(seed, heads, B, words, T, budget, sink, recent, rank):
+    feed = Feed(seed, B, *heads, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
+    feed.push(T)
+    for _ in range(6):
+        before = feed.push(1)
+    for b in range(B):                # a value that only this token has must show in the output of every head
+        ids, n = feed.plain.sentences(b), len(feed.plain.tokens[b])
+        must = {*range(min(sink, n)), *range(max(n - recent, 0), n), *[i for i, x in enumerate(ids) if x == ids[-1]]}
+        mask = feed.cache.near_mask[b]
+        assert must <= set(feed.plain.near(b)) and int(mask.sum()) == len(feed.plain.near(b))
+    assert before.isfinite().all()
+
+
+@pytest.mark.parametrize("rank", ["mean", "bounds"])
+def test_nothing_kept_is_ever_unreachable(rank):
+    """All keys of a sentence are one axis, and no two sentences share it: a query along it must return its values."""
+    d, tokens = 80, torch.tensor([([1] * 5 + [2]) * 61][:1])
+    feed = Feed(5, Hq=1, H=1, d=d, budget=24, sink=2, recent=4, max_sentence=8, rank=rank)
+    ids = torch.tensor(plain_sentences(tokens[0].tolist(), 2, 8))
+    axis = torch.eye(d, dtype=torch.float64)[ids % d].view(1, 1, 1, -1, d)           # the sink's -1 is the last axis
+    feed.push(300, tokens[:, :300], k=axis[..., :300, :])
+    for t in range(300, 360):                                        # ask for every sentence in turn
+        asked = t - 300
+        if t > 300 and rank == "mean":                               # the mean query is of the whole open sentence
+            feed.cache.layers[0].query_sum.zero_()
+        out = feed.push(1, tokens[:, t:t + 1], k=axis[..., t:t + 1, :],
+                        q=1000 * torch.eye(d, dtype=torch.float64)[asked].view(1, 1, 1, 1, d))
+        members = [i for i in range(t + 1) if ids[i] == asked]
+        assert members and set(ids[members].tolist()) == {asked}
+        assert_close(out[0, 0, 0, 0], feed.v[0, 0, 0, members].mean(0), torch.float32)
+
+
+# ------------------------------------------------------------------------------------- 4. sentences, vectors, pool
+
+
+@quick
+@given(**small)
+def test_vectors_are_the_means_or_bounds_of_exactly_the_sentences_keys(seed, heads, B, words, T, budget, sink, recent,
+                                                                       rank):
+    feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
+    for length in (T, 1, 1, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1):
+        feed.push(length)
+    for b in range(B):
+        ids = feed.plain.sentences(b)
+        near = feed.plain.near(b)
+        for s in {x for i, x in enumerate(ids) if i not in near}:
+            members = [i for i, x in enumerate(ids) if x == s]
+            assert feed.cache.first[b, s:s + 2].tolist() == [members[0], members[-1] + 1]
+            for l in range(2):
+                keys = feed.k[l, b, :, members]                       # (H, n, d)
+                want = keys.mean(1) if rank == "mean" else torch.cat((keys.amax(1), keys.amin(1)), -1)
+                assert_close(feed.cache.layers[l].vectors[b, :, s], want, torch.float32)
+
+
+@quick
+@given(**small)
+def test_every_token_is_in_exactly_one_sentence_or_the_sink_and_the_pool_holds_its_bits(seed, heads, B, words, T,
+                                                                                        budget, sink, recent, rank):
+    feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank,
+                dtype=torch.bfloat16)
+    for length in (T, 1, 1, 1, 7, 1):
+        feed.push(length)
+    n = feed.k.shape[3]
+    for b in range(B):
+        first = feed.cache.first[b].tolist()
+        assert first[0] == min(sink, n) and first[-1] == n and first == sorted(first)
+        ids = [sum(f <= i for f in first) - 1 for i in range(n)]
+        assert ids == feed.plain.sentences(b)
+    for l in range(2):
+        pool = feed.cache.pool.kv[l][:n].permute(3, 1, 2, 0, 4)       # (2, B, H, n, d)
+        assert torch.equal(pool[0], feed.k[l]) and torch.equal(pool[1], feed.v[l])
+        assert feed.cache.pool.kv[l].data_ptr() != feed.cache.layers[l].near.data_ptr()
+
+
+# --------------------------------------------------------------------------------------------------- 5. keep = r
+
+
+def plain_importance(q, k, pool):
+    """Attention of the last N queries to each token, summed: q (Hq, N, d), k (H, T, d) -> list of T floats."""
+    Hq, N, d = q.shape
+    H, T, _ = k.shape
+    alpha = [0.0] * T
+    for h in range(Hq):
+        for n in range(N):
+            seen = T - N + n + 1
+            logits = [float(q[h, n].double() @ k[h * H // Hq, i].double()) / math.sqrt(d) for i in range(seen)]
+            top = max(logits)
+            weights = [math.exp(x - top) for x in logits]
+            for i in range(seen):
+                alpha[i] += weights[i] / sum(weights)
+    return [max(alpha[max(0, i - pool // 2):i + pool // 2 + 1]) for i in range(T)]
+
+
+@settings(quick, max_examples=12)
+@given(st.integers(0, 2**31), heads, st.integers(1, 2), st.sampled_from([1, 1.5, 2]), st.sampled_from([1, 7]),
+       st.integers(60, 110), st.sampled_from(["mean", "bounds"]))
+def test_keep_r_keeps_exactly_the_most_attended_tokens(seed, heads, B, r, pool, T, rank):
+    budget, sink, recent = 30, 3, 5
+    feed = Feed(seed, B, *heads, layers=2, budget=budget, sink=sink, recent=recent, keep=r, window=6, pool=pool,
+                rank=rank, max_sentence=10)
+    assert_close(feed.push(T), feed.causal())                         # the prompt itself is read with everything
+    count = int(r * budget)
+    kept = [[None] * B for _ in range(2)]
+    for l in range(2):
+        for b in range(B):
+            alpha = plain_importance(feed.q[l, b, :, -6:], feed.k[l, b], pool)
+            for i in feed.plain.near(b):
+                alpha[i] = math.inf
+            kept[l][b] = sorted(sorted(range(T), key=lambda i: -alpha[i])[:count])
+            for h in range(feed.H):
+                bits = feed.cache.pool.kv[l][:count, b, h, 0]
+                where = [(feed.k[l, b, h] == row).all(-1).nonzero()[0, 0].item() for row in bits]
+                assert where == sorted(where) and len(set(where)) == count       # (sums in another order: no exact ties)
+                assert sorted(alpha[i] for i in where) == pytest.approx(sorted(alpha[i] for i in kept[l][b]))
+            kept[l][b] = where
+            for s in set(feed.plain.sentences(b)) - {-1}:             # vectors: of the kept keys alone
+                members = [i for i in where if feed.plain.sentences(b)[i] == s]
+                keys = feed.k[l, b, :, members]
+                if members:
+                    want = keys.mean(1) if rank == "mean" else torch.cat((keys.amax(1), keys.amin(1)), -1)
+                    assert_close(feed.cache.layers[l].vectors[b, :, s], want, torch.float32)
+    for length in [1] * 20 + [6] + [1] * 6:                           # what comes later is all kept
+        n = feed.k.shape[3]
+        for l in range(2):
+            for b in range(B):
+                kept[l][b] = kept[l][b] + list(range(n, n + length))
+        out = feed.push(length)
+        if length == 1:
+            far = feed.reported(kept)
+            assert_close(out, feed.expect(lambda l, b, h, t: sorted(far[l, b, h] + feed.plain.near(b))))
+            assert all(len(far[l, b, h]) + len(feed.plain.near(b)) == budget for l, b, h in far)
+        else:
+            assert_close(out, feed.expect(lambda l, b, h, t: [i for i in kept[l][b] if i <= n + t]))
+
+
+def test_a_prompt_that_keep_covers_loses_nothing():
+    feed = Feed(1, budget=40, keep=2, window=4, recent=5)
+    feed.push(80)
+    assert feed.cache.dropped == 0 and len(feed.cache.layers) == 1 and feed.cache.layers[0].kept_before is None
+
+
+# ------------------------------------------------------------------------------------------- 6. pieces and batches
+
+
+@quick
+@given(st.integers(0, 2**31), heads, st.lists(st.integers(2, 40), min_size=2, max_size=5), layouts)
+def test_a_prompt_in_pieces_equals_the_prompt_at_once(seed, heads, pieces, words):
+    a, b = (Feed(seed, 2, *heads, words=words, budget=48, recent=5) for _ in range(2))
+    T = sum(pieces)
+    tokens, q, k, v = a.random(2, T).abs().mul(2).long().clamp(max=5), *(a.random(1, 2, h, T, 8) for h in
+                                                                         (heads[0], heads[1], heads[1]))
+    whole = a.push(T, tokens, q, k, v)
+    parts, at = [], 0
+    for n in pieces:
+        parts.append(b.push(n, tokens[:, at:at + n], *(x[..., at:at + n, :] for x in (q, k, v))))
+        at += n
+    assert_close(torch.cat(parts, 3), whole)
+    one = (a.random(2, 1).abs().long().clamp(max=5), *(a.random(1, 2, h, 1, 8) for h in (heads[0], heads[1], heads[1])))
+    assert_close(a.push(1, *one), b.push(1, *one))
+    assert torch.equal(fetched_tokens(a.cache), fetched_tokens(b.cache))
+
+
+@quick
+@given(st.integers(0, 2**31), heads, st.integers(2, 70), st.sampled_from([None, 1.5]))
+def test_a_row_of_a_batch_equals_the_same_prompt_alone(seed, heads, T, keep):
+    setting = dict(budget=32, recent=5, keep=keep, window=2)
+    batch, alone = Feed(seed, 3, *heads, **setting), Feed(seed, 1, *heads, **setting)
+    for length in (T, 1, 1, 1, 4, 1, 1):
+        out = batch.push(length)
+        row = alone.push(length, torch.tensor(batch.plain.tokens[1])[None, -length:], batch.q[:, 1:2],
+                         batch.k[:, 1:2, :, -length:], batch.v[:, 1:2, :, -length:])
+        assert_close(out[:, 1:2], row)
+
+
+# ----------------------------------------------------------------------------------------------------- 7. memory
+
+
+def vector_bytes(cache):
+    return sum(s.vectors.nbytes for s in cache.layers) + cache.first.nbytes
+
+
+def test_device_bytes_grow_by_the_vectors_of_sentences_alone_over_2000_generated_tokens():
+    feed = Feed(0, layers=2, budget=64, recent=8, words=[8.0, 8, 1, 0.2, 0.2, 0.2], dtype=torch.float32)
+    feed.push(200)
+    feed.push(1)
+    start, vectors = feed.cache.memory(), vector_bytes(feed.cache)
+    for _ in range(2000):
+        feed.push(1)
+    end = feed.cache.memory()
+    assert end["device"] - start["device"] == vector_bytes(feed.cache) - vectors
+    sentences, room = int(feed.cache.current) + 1, feed.cache.first.shape[1] - 1
+    assert sentences <= room <= sentences + 128
+    assert end["host"] >= 2201 * 2 * 2 * 2 * 8 * 4                    # every token's K and V, two layers and heads
+    assert end["host"] <= 2201 * 2 * 2 * 2 * 8 * 4 * 1.3
+    assert_close(feed.push(40), feed.causal(), torch.float32)         # and nothing was lost on the way
+
+
+@pytest.mark.parametrize("words", [[8.0, 8, 1, 0.2, 0.2, 0.2], [1.0, 1, 2, 2, 1, 1]])
+def test_the_host_asks_the_device_for_a_number_once_in_64_tokens_at_most(words, monkeypatch):
+    feed = Feed(3, layers=2, budget=64, recent=8, words=words)
+    feed.push(100)
+    asked = []
+    for name in ("__int__", "__bool__", "__float__", "item", "tolist", "cpu", "numpy", "nonzero"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, n=name, f=plain: asked.append((step, n)) or f(self, *a))
+    token = torch.multinomial(feed.weights, 600, True).view(600, 1, 1).unbind()
+    q, k = feed.random(1, 4, 1, 8), feed.random(1, 2, 1, 8)
+    for step in range(600):
+        feed.cache.begin(token[step])
+        for l in range(2):
+            feed.cache.attend(l, q, k, k)
+    steps = [s for s, _ in asked]
+    assert 3 <= len(steps) <= 11 and all(b - a >= 64 for a, b in zip(steps, steps[1:])), asked
+
+
+def test_device_bytes_for_longer_prompts_grow_by_the_vectors_of_sentences_alone():
+    rest = set()
+    for T in (300, 1200, 4800):
+        feed = Feed(0, Hq=2, H=1, budget=64, recent=8, dtype=torch.float32)
+        tokens = torch.tensor([[1] * 9 + [2]] * (T // 10)).view(1, T)
+        feed.push(T, tokens)
+        feed.push(1)
+        rest.add(feed.cache.memory()["device"] - vector_bytes(feed.cache))
+        assert feed.cache.first.shape[1] - 1 <= T // 10 + 65
+    assert len(rest) == 1
+
+
+def test_memory_is_the_sum_of_all_tensors_that_the_cache_holds():
+    """Found by walking the objects, not by the list that memory() itself keeps; step-sized scratch is left out."""
+    feed = Feed(3, layers=3, budget=64, recent=8, keep=1, window=4)
+    for length in (150, 1, 1, 5, 1):
+        feed.push(length)
+    found = {}
+
+    def walk(x):
+        if isinstance(x, torch.Tensor):
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif isinstance(x, (list, tuple)):
+            for y in x:
+                walk(y)
+        elif hasattr(x, "__dict__"):
+            walk(list(vars(x).values()))
+    walk(feed.cache)
+    total = sum(feed.cache.memory().values())
+    assert total <= sum(found.values()) <= total + 40_000             # masks and indices of the last step
+
+
+# ----------------------------------------------------------------------------------------------- 8. segmentation
+
+
+def sentences_of(tokens, cap=64):
+    """Token strings -> the sentences that segment() makes of them."""
+    flags = sentence_flags([t if t is None else t.encode() for t in tokens])[None]
+    starts, _, _ = segment(flags, torch.tensor([0]), torch.tensor([0]), cap)
+    cuts = [*starts[0].nonzero()[:, 0].tolist(), len(tokens)]
+    return ["".join(t or "<special>" for t in tokens[a:b]) for a, b in zip(cuts, cuts[1:])]
+
+
+@pytest.mark.parametrize("tokens, sentences", [
+    (["Hello", " there", ".", " Bye", "."], ["Hello there.", " Bye."]),
+    (["He", " said", ' "', "Stop", '."', " Then", " he", " left", ".)", " Why", "?"],
+     ['He said "Stop."', " Then he left.)", " Why?"]),
+    (["end", ".", '"', ")", " Next"], ['end.")', " Next"]),                              # closing quotes as own tokens
+    (["end", ".", ' "', "Next", '"'], ["end.", ' "Next"']),                              # an opening quote is no closer
+    (["Pi", " is", " ", "3", ".", "14", " or", " 3", ".1", ".", " Ok"], ["Pi is 3.14 or 3.1.", " Ok"]),
+    (["see", " example", ".com", ",", " a", ".", "b", ".", "c"], ["see example.com, a.b.c"]),
+    (["end", ".", " ", "Next"], ["end. ", "Next"]),                                      # white space as its own token
+    (["end", ".", "\n", "Next", ".\n", "More"], ["end.\n", "Next.\n", "More"]),          # merged with a line break
+    (["Title", "\n\n", "Text", ".\n\n", "More"], ["Title\n\n", "Text.\n\n", "More"]),
+    (["Title", "\r\n\r\n", "Text"], ["Title\r\n\r\n", "Text"]),
+    (["你好", "。", "再见", "！」", "好"], ["你好。", "再见！」", "好"]),                    # CJK stops need no space
+    (["هل", "؟", "نعم"], ["هل؟", "نعم"]),
+    (["What", "?!", " No", "...", " Yes", "…", " So"], ["What?!", " No...", " Yes…", " So"]),
+    (["hi", None, "you"], ["hi<special>", "you"]),                                       # a special token ends a turn
+    ([" ", "\n", "Hi", " you"], [" \nHi you"]),                                          # leading white space is no end
+    (["x", " =", " f", "(", "a", ")", "\n", "y", " =", " 2", "\n"], ["x = f(a)\ny = 2\n"]),
+])
+def test_sentences_are_cut_where_a_reader_would(tokens, sentences):
+    assert sentences_of(tokens) == sentences
+
+
+def test_text_without_punctuation_is_cut_at_the_length_cap():
+    assert sentences_of(["a"] * 10 + ["."] + [" b"] * 5, cap=4) == ["aaaa", "aaaa", "aa.", " b b b b", " b"]
+
+
+@quick
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=80), st.integers(1, 9), st.data())
+def test_streaming_and_bulk_segmentation_agree_and_no_sentence_exceeds_the_cap(flags, cap, data):
+    flags = torch.tensor([flags, flags[::-1]], dtype=torch.uint8)
+    zero = torch.zeros(2, dtype=torch.long)
+    bulk, *state = segment(flags, zero, zero, cap)
+    at, ended, length, parts = 0, zero, zero, []
+    while at < flags.shape[1]:
+        n = data.draw(st.integers(1, 5))
+        starts, ended, length = segment(flags[:, at:at + n], ended, length, cap)
+        parts.append(starts)
+        at += n
+    assert torch.equal(torch.cat(parts, 1), bulk)
+    assert torch.equal(ended, state[0]) and torch.equal(length, state[1])
+    assert bulk[:, 0].all()
+    for row in bulk:
+        cuts = [*row.nonzero()[:, 0].tolist(), len(row)]
+        assert max(b - a for a, b in zip(cuts, cuts[1:])) <= cap
+
+
+def test_flags_come_from_the_tokenizers_own_bytes_even_broken_ones():
+    assert sentence_flags([b"a.", b" a", b"\xe3\x80", b"", None]).tolist() == [SOFT, SPACE, 0, 0, HARD]
+
+
+# ------------------------------------------------------------------------------------------ settings and calls
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(budget=48, sink=32, recent=16), r"budget 48 must exceed sink \+ recent = 48"),
+    (dict(budget=0), "budget must be a whole number of at least 1, got 0"),
+    (dict(budget=64.0), "budget must be a whole number"),
+    (dict(sink=-1), "sink must be a whole number of at least 0"),
+    (dict(recent=0), "recent must be"),
+    (dict(window=0), "window must be"),
+    (dict(keep=0.5), "keep must be None .* or a number of at least 1, got 0.5"),
+    (dict(keep=float("nan")), "keep must be"),
+    (dict(keep=True), "keep must be"),
+    (dict(pool=4), "pool must be odd, got 4"),
+    (dict(rank="best"), "rank must be one of mean, bounds, got 'best'"),
+    (dict(max_sentence=0), "max_sentence must be a whole number of at least 1, got 0"),
+    (dict(budget=64, sink=4, recent=32, max_sentence=29), r"max_sentence 29 must fit into .* = 28"),
+])
+def test_impossible_settings_say_what_to_change(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SentenceKV(TOY_FLAGS, **wrong)
+
+
+def test_impossible_calls_say_what_to_change():
+    with pytest.raises(ValueError, match="flags must be the .* uint8 tensor that sentence_flags"):
+        SentenceKV([0, 1, 2])
+    with pytest.raises(ValueError, match="window of 32 tokens is longer than the prompt of 20"):
+        Feed(0, keep=2, budget=64).push(20)
+    feed = Feed(0, B=2, budget=64)
+    with pytest.raises(ValueError, match="nothing was fetched yet"):
+        feed.cache.fetched()
+    feed.push(5)
+    with pytest.raises(ValueError, match="this cache holds 2 rows, got tokens for 3: use a new cache"):
+        feed.cache.begin(torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_a_smallest_possible_budget_fetches_one_token_at_a_time():
+    feed = Feed(0, budget=10, sink=4, recent=5)
+    feed.push(50)
+    for _ in range(10):
+        out, far = feed.push(1), feed.reported()
+        assert_close(out, feed.expect(lambda l, b, h, t: sorted(far[l, b, h] + feed.plain.near(b))))
+
+
+def test_the_papers_settings_are_one_preset():
+    assert PAPER == dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)
+    feed = Feed(0, Hq=2, H=1, **PAPER)
+    feed.push(3000)
+    feed.push(1)
+    assert len(feed.cache.pool.kv[0]) < 2500 and feed.cache.dropped == 3000 - 2048
+
+
+def test_sentencekv_imports_torch_and_the_standard_library_alone():
+    source = (ROOT / "sentencekv.py").read_text()
+    modules = re.findall(r"^(?:from|import) (\w+)", source, re.M)
+    assert set(modules) == {"torch", "types"}
+
+
+# ---------------------------------------------------------------------------------------- 12. the ways to fetch
+
+
+class Staged(sentencekv.HostPool):
+    """The pool as it is where the device cannot read host memory in place (here: pretended)."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.in_place = False
+
+
+@quick
+@given(**small)
+def test_staged_and_in_place_fetches_are_equal_to_the_bit(seed, heads, B, words, T, budget, sink, recent, rank):
+    outs = []
+    for pool in (sentencekv.HostPool, Staged):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sentencekv, "HostPool", pool)
+            feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
+            outs.append([feed.push(length) for length in (T, 1, 1, 1, 4, 1)])
+            assert (feed.cache.pool.staging is not None) == (pool is Staged)
+    assert all(map(torch.equal, *outs))
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: streams, pinned memory and zero "
+                                                                      "copy cannot be run here")
+
+
+@needs_cuda
+@pytest.mark.parametrize("zero_copy", [True, False])
+@pytest.mark.parametrize("setting", [dict(), dict(keep=2, window=8, pool=7, rank="mean")])
+def test_cuda_fetches_the_same_sentences_and_bits_as_the_cpu(zero_copy, setting):
+    feeds = [Feed(3, 2, 8, 2, d=16, layers=3, dtype=torch.float32, budget=64, recent=8, device=device, **setting)
+             for device in ("cpu", "cuda")]
+    for length in (400, 1, 1, 1, 30, *[1] * 40):
+        outs = [feed.push(length) for feed in feeds]
+        if length == 400 and not zero_copy:
+            feeds[1].cache.pool.in_place = False
+        assert_close(*outs, torch.float32)
+        for l in range(3):
+            n = feeds[0].cache.length - feeds[0].cache.dropped
+            torch.cuda.synchronize()
+            a, b = (feed.cache.pool.kv[l][:n] for feed in feeds)
+            assert torch.equal(a, b) and b.is_pinned()
+    assert torch.equal(*(fetched_tokens(feed.cache) for feed in feeds))
+
+
+@needs_cuda
+def test_a_decode_step_with_zero_copy_never_waits_for_the_gpu():
+    feed = Feed(3, 1, 8, 2, d=16, layers=2, dtype=torch.float16, budget=64, recent=8, device="cuda")
+    feed.push(400)
+    feed.push(1)
+    assert feed.cache.pool.in_place, "zero copy does not work on this machine"
+    token, q, k = torch.ones(1, 1, dtype=torch.long, device="cuda"), *(torch.randn(1, h, 1, 16, device="cuda").half()
+                                                                       for h in (8, 2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        feed.cache.begin(token)
+        for l in range(2):
+            feed.cache.attend(l, q, k, k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_nothing_is_overwritten_while_a_copy_is_in_flight():
+    """The side stream is made slow on purpose; what a prompt wrote must arrive all the same, and be fetched right."""
+    feeds = [Feed(9, 1, 4, 2, d=16, layers=2, dtype=torch.float32, budget=64, recent=8, device=device)
+             for device in ("cpu", "cuda")]
+    for length in (300, 1, 1, 50, 1, 1):
+        if feeds[1].cache.pool is not None:
+            with torch.cuda.stream(feeds[1].cache.pool.stream):
+                torch.cuda._sleep(50_000_000)
+        assert_close(*(feed.push(length) for feed in feeds), torch.float32)
+
+
+# ------------------------------------------------------------------------------ 9. the model and its loaders
+
+SMALL = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, rms_norm_eps=1e-3, rope_scaling=None, tie_word_embeddings=False)
+TO_META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.q_proj": "attention.wq",
+           "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+           "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+           "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+
+
+def small_model(seed=0, **changes):
+    """Two layers that fit on a page, and not one weight like another."""
+    model = Llama.random("tiny", seed=seed, **{**SMALL, **changes})
+    for p in model.parameters():                # norms that are not 1, so that a lost or swapped one is seen
+        if p.ndim == 1:
+            p.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def hf_tensors(model):
+    return {n if n == "lm_head.weight" else "model." + n: p.detach() for n, p in model.named_parameters()}
+
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def safetensors_parts(tensors):
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in tensors.items():
+        raw = t.contiguous().view(torch.uint8).numpy().tobytes()
+        place = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": place}
+        data += raw
+    return header, data
+
+
+def write_safetensors(path, header, data):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def config_json(c):
+    rope = None if c.rope_scaling is None else {"rope_type": "llama3", **c.rope_scaling}
+    return {**vars(c), "model_type": "llama", "rope_scaling": rope, "torch_dtype": "float32", "pretraining_tp": 1}
+
+
+def write_hf(path, model, shards=1):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config_json(model.config)))
+    tensors = hf_tensors(model)
+    if shards == 1:
+        write_safetensors(path / "model.safetensors", *safetensors_parts(tensors))
+        return path
+    places = {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(tensors)}
+    for f in set(places.values()):
+        write_safetensors(path / f, *safetensors_parts({n: t for n, t in tensors.items() if places[n] == f}))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return path
+
+
+def write_meta(path, model, **params):
+    """The inverse of the documented permutation: of each head's rows the halves are interleaved."""
+    c, content = model.config, {"rope.freqs": torch.zeros(4)}
+    for name, p in model.named_parameters():
+        t = p.detach().clone()
+        if "q_proj" in name or "k_proj" in name:
+            heads = t.view(-1, c.head_dim, t.shape[1])
+            rows = [heads[:, i // 2 + i % 2 * (c.head_dim // 2)] for i in range(c.head_dim)]
+            t = torch.stack(rows, 1).reshape(t.shape)
+        for ours, theirs in TO_META.items():
+            name = name.replace(ours, theirs)
+        content[name] = t
+    path.mkdir()
+    torch.save(content, path / "consolidated.00.pth")
+    (path / "params.json").write_text(json.dumps({
+        "dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads,
+        "n_kv_heads": c.num_key_value_heads, "vocab_size": -1, "multiple_of": 8, "ffn_dim_multiplier": 0.5,
+        "norm_eps": c.rms_norm_eps, "rope_theta": c.rope_theta, "use_scaled_rope": c.rope_scaling is not None,
+        **params}))
+    return path
+
+
+def tokens_of(model, B, T, seed=0):
+    return torch.randint(0, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def all_logits(model, tokens):
+    return model(tokens, DenseKV(), all_logits=True)
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, f"max difference {(a - b).abs().max():.2e}"
+
+
+# ------------------------------------------------------------------------------------------ what the model computes
+
+def plain_forward(model, tokens):
+    """The definition of Llama in float64, position by position, head by head. tokens (T,) -> logits (T, V)."""
+    c, w = model.config, {n: p.detach().double() for n, p in model.named_parameters()}
+    norm = lambda x, g: x / torch.sqrt((x * x).mean(-1, keepdim=True) + c.rms_norm_eps) * g
+    d, G = c.head_dim, c.num_attention_heads // c.num_key_value_heads
+    frequency = plain_frequencies(c)
+
+    def turn(x, t):                                                             # (d,) at position t
+        out = x.clone()
+        for i in range(d // 2):
+            cos, sin, a, b = math.cos(t * frequency[i]), math.sin(t * frequency[i]), x[i], x[i + d // 2]
+            out[i], out[i + d // 2] = a * cos - b * sin, a * sin + b * cos
+        return out
+    x = w["embed_tokens.weight"][tokens]
+    for n in range(c.num_hidden_layers):
+        at = lambda s: w[f"layers.{n}.{s}.weight"]
+        h = norm(x, at("input_layernorm"))
+        rows = lambda s: (h @ at(f"self_attn.{s}_proj").T).view(len(h), -1, d)
+        q, k, v = rows("q"), rows("k"), rows("v")
+        y = torch.zeros_like(q)
+        for head in range(c.num_attention_heads):
+            keys = torch.stack([turn(k[s, head // G], s) for s in range(len(h))])
+            for t in range(len(h)):
+                p = (keys[:t + 1] @ turn(q[t, head], t) / math.sqrt(d)).softmax(0)
+                y[t, head] = p @ v[:t + 1, head // G]
+        x = x + y.flatten(1) @ at("self_attn.o_proj").T
+        h = norm(x, at("post_attention_layernorm"))
+        gate = h @ at("mlp.gate_proj").T
+        x = x + (gate / (1 + torch.exp(-gate)) * (h @ at("mlp.up_proj").T)) @ at("mlp.down_proj").T
+    return norm(x, w["norm.weight"]) @ w["embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"].T
+
+
+def plain_frequencies(c):
+    """Llama 3.1's rule, as published: by wavelength, pair by pair."""
+    out = []
+    for i in range(c.head_dim // 2):
+        f = c.rope_theta ** (-2 * i / c.head_dim)
+        if c.rope_scaling:
+            s, wavelength = c.rope_scaling, 2 * math.pi / f
+            low = s["original_max_position_embeddings"] / s["low_freq_factor"]
+            high = s["original_max_position_embeddings"] / s["high_freq_factor"]
+            if wavelength > low:
+                f = f / s["factor"]
+            elif wavelength >= high:
+                smooth = (s["original_max_position_embeddings"] / wavelength - s["low_freq_factor"]) / (
+                    s["high_freq_factor"] - s["low_freq_factor"])
+                f = (1 - smooth) * f / s["factor"] + smooth * f
+        out.append(f)
+    return out
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 6},
+    {"rope_theta": 100.0, "rope_scaling": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                           "original_max_position_embeddings": 8}}], ids=str)
+def test_logits_equal_a_plain_float64_forward(changes):
+    model = small_model(**changes).double()
+    tokens = tokens_of(model, 2, 11)
+    want = torch.stack([plain_forward(model, row) for row in tokens])
+    assert_same(all_logits(model, tokens), want.float(), 2e-5)                  # the angles are float32
+    assert_same(model(tokens, DenseKV()), want[:, -1].float(), 2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rope_frequencies_equal_the_plain_formula(shape):
+    c = Config(**SHAPES[shape])
+    torch.testing.assert_close(rope_frequencies(c).double(), torch.tensor(plain_frequencies(c), dtype=torch.double),
+                               rtol=1e-6, atol=0)
+
+
+def test_llama3_scaling_leaves_blends_and_slows():
+    c = Config(**SHAPES["llama-3.1-8b"])
+    ratio = rope_frequencies(c) / rope_frequencies(Config(**{**SHAPES["llama-3.1-8b"], "rope_scaling": None}))
+    assert (ratio[:20] == 1).all() and (ratio[-20:] == 1 / 8).all() and ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+@pytest.mark.parametrize("shape, count", [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400),
+                                          ("llama-3.2-3b", 3_212_749_824)])
+def test_named_shapes_have_the_published_parameter_counts(shape, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Llama(Config(**SHAPES[shape])).parameters()) == count
+
+
+def test_bfloat16_leaves_the_rotary_frequencies_in_float32():
+    model = small_model()
+    assert torch.equal(model.bfloat16().inv_freq, rope_frequencies(model.config))
+
+
+def test_mlp_in_slices_equals_the_whole(monkeypatch):
+    model = small_model()
+    tokens = tokens_of(model, 2, 50)
+    whole = all_logits(model, tokens)
+    monkeypatch.setattr(type(model.layers[0]), "SLICE", 7)
+    assert_same(all_logits(model, tokens), whole, 1e-5)
+
+
+def test_forward_can_be_trained():
+    model = small_model().double().requires_grad_(True)
+    tokens = tokens_of(model, 1, 9)
+    loss = lambda: all_logits(model, tokens).double().square().sum()
+    loss().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    w = model.layers[0].self_attn.k_proj.weight
+    direction = torch.randn(w.shape, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        w += 1e-3 * direction
+        up = loss()
+        w -= 2e-3 * direction
+        slope = (up - loss()) / 2e-3
+    assert abs(slope - (w.grad * direction).sum()) < 1e-2 * max(1, abs(slope))
+
+
+# ------------------------------------------------------------------------------------------------------- the cache
+
+@settings(deadline=None, max_examples=6)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.integers(0, 99))
+def test_dense_cache_in_pieces_equals_at_once(pieces, seed):
+    model = small_model()
+    tokens, cache = tokens_of(model, 2, sum(pieces), seed), DenseKV()
+    got = torch.cat([model(t, cache, all_logits=True) for t in tokens.split(pieces, dim=1)], dim=1)
+    assert_same(got, all_logits(model, tokens), 2e-5)
+    assert cache.length == sum(pieces)
+
+
+def test_dense_cache_grows_over_many_single_steps():
+    model = small_model()
+    tokens, cache = tokens_of(model, 1, 200), DenseKV()
+    got = torch.stack([model(tokens[:, i:i + 1], cache) for i in range(200)], dim=1)
+    assert_same(got, all_logits(model, tokens), 2e-5)
+    assert 2 * 2 * 2 * 200 * 4 * 4 <= cache.memory()["device"] <= 2 * 2 * 2 * (200 + 64) * 4 * 4
+    addresses = [k.data_ptr() for k in cache.keys]
+    model(tokens[:, :1], cache)
+    assert addresses == [k.data_ptr() for k in cache.keys]                      # a step copies nothing
+
+
+def test_dense_cache_long_prompt_in_query_slices():
+    model = small_model()
+    tokens = tokens_of(model, 1, 1200)
+    last = all_logits(model, tokens)[:, [511, 512, 1199]]
+    want = torch.stack([model(tokens[:, :n], DenseKV()) for n in (512, 513, 1200)], dim=1)
+    assert_same(last, want, 2e-5)
+
+
+@pytest.mark.parametrize("tokens, message", [
+    (torch.zeros(3, 4, dtype=torch.long), "2 rows, got tokens for 3"), (torch.zeros(2, 1), "float32"),
+    (torch.zeros(2, 0, dtype=torch.long), "at least 1"), (torch.zeros(2, dtype=torch.long), "(2,)"),
+    (torch.zeros(2, 2, dtype=torch.bool), "bool"), (torch.tensor([[0], [37]]), "37 is not in the vocabulary of 37"),
+    (torch.tensor([[0, 1], [-1, 3]]), "-1 is not")], ids=str)
+def test_tokens_that_cannot_be_are_refused_and_leave_the_cache_alone(tokens, message):
+    model, cache = small_model(), DenseKV()
+    model(tokens_of(model, 2, 5), cache)
+    with pytest.raises(ValueError) as e:
+        model(tokens, cache)
+    assert message in str(e.value) and cache.length == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- generate
+
+def test_greedy_generation_is_the_argmax_of_the_logits():
+    model = small_model()
+    tokens = tokens_of(model, 2, 6)
+    got = torch.stack(list(model.generate(tokens, DenseKV(), 9)), dim=1)
+    for i in range(9):
+        assert torch.equal(got[:, i], all_logits(model, torch.cat((tokens, got[:, :i]), 1))[:, -1].argmax(-1))
+
+
+def test_sampling_with_a_seed_is_repeatable():
+    model = small_model()
+    tokens = tokens_of(model, 3, 5)
+    run = lambda seed: torch.stack(list(model.generate(tokens, DenseKV(), 20, 1.5, 0.95, seed))).tolist()
+    assert run(1) == run(1) != run(2)
+
+
+@pytest.mark.parametrize("top_p, kept", [(1e-320, {0}), (0.1, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}),
+                                         (0.76, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(4000, 4)
+    got = sample(logits, 1.0, top_p, torch.Generator().manual_seed(0))
+    if top_p == 0.76:                                                           # a tie: either of the two last
+        got = got.clamp(max=2)
+    assert set(got.tolist()) == kept
+
+
+def test_sampling_follows_the_probabilities_and_the_temperature():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[None].expand(20000, 4)
+    for temperature in (1.0, 2.0):
+        counts = sample(logits, temperature, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+        assert_same(counts, (logits[0] / temperature).softmax(0), 0.02)
+    assert (sample(logits * 1000, 1e-300, 1.0) == 0).all() and (sample(logits, 1e-5, 0.9) == 0).all()
+
+
+def test_rows_stop_independently_and_generation_ends_with_the_last():
+    model = small_model()
+    tokens = tokens_of(model, 3, 7)
+    free = torch.stack(list(model.generate(tokens, DenseKV(), 30, 1.0, seed=5)), dim=1)
+    stops = {int(free[0, 3]), int(free[1, 8])}
+    got = torch.stack(list(model.generate(tokens, DenseKV(), 30, 1.0, seed=5, stop_ids=stops)), dim=1)
+    ends = []
+    for row, plain in zip(got.tolist(), free.tolist()):
+        end = next((i for i, t in enumerate(row) if t in stops), len(row) - 1)
+        assert all(t == row[end] for t in row[end:])
+        ends.append(end)
+    assert len(set(ends)) > 1 and got.shape[1] == min(max(ends) + 1, 30)
+    first = min(ends)
+    assert torch.equal(got[:, :first + 1], free[:, :first + 1])
+    assert [len(list(model.generate(tokens, DenseKV(), n))) for n in (0, 1)] == [0, 1]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_new_tokens", -1), ("max_new_tokens", 1.5), ("temperature", -1), ("temperature", math.inf),
+    ("temperature", math.nan), ("top_p", 0), ("top_p", 1.01), ("top_p", math.nan), ("seed", -1), ("seed", 0.5),
+    ("seed", 1 << 64)])
+def test_generate_refuses_arguments_that_make_no_sense(name, value):
+    model = small_model()
+    with pytest.raises(ValueError, match=name):
+        list(model.generate(tokens_of(model, 1, 3), DenseKV(), **{name: value}))
+
+
+# ------------------------------------------------------------------------------------------------------- the loaders
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hugging_face_round_trip(tmp_path, shards, tied, dtype):
+    model = small_model(tie_word_embeddings=tied, rope_scaling=LLAMA3_ROPE).to(dtype)
+    calls = []
+    got = Llama.from_pretrained(write_hf(tmp_path / "m", model, shards), progress=lambda *a: calls.append(a))
+    assert vars(got.config) == vars(model.config) and calls == [(i, 21 - tied) for i in range(1, 22 - tied)]
+    for (name, p), q in zip(model.named_parameters(), got.parameters(), strict=True):
+        assert torch.equal(p, q) and q.dtype == dtype and not q.requires_grad, name
+    assert Llama.from_pretrained(tmp_path / "m", dtype=torch.float64).norm.weight.dtype == torch.float64
+    for file in (tmp_path / "m").glob("*.safetensors"):                         # the model does not live in the file
+        with open(file, "r+b") as f:
+            f.write(bytes(file.stat().st_size))
+    assert torch.equal(all_logits(got, tokens_of(got, 1, 8)), all_logits(model, tokens_of(got, 1, 8)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}},
+                                     {"rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}, "tie_word_embeddings": True}])
+def test_meta_round_trip_converts_the_rotary_layout(tmp_path, changes):
+    model = small_model(**changes)
+    got = Llama.from_pretrained(write_meta(tmp_path / "m", model))
+    for (name, p), q in zip(model.named_parameters(), got.named_parameters(), strict=True):
+        assert name == q[0] and torch.equal(p, q[1]) and not q[1].requires_grad, name
+    assert got.config.rope_scaling == model.config.rope_scaling
+    assert torch.equal(all_logits(got, tokens_of(got, 2, 30)), all_logits(model, tokens_of(got, 2, 30)))
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3_ROPE])
+def test_configurations_of_all_ages_mean_the_same(tmp_path, scaling):
+    model = small_model(num_key_value_heads=4, rope_theta=500.0, rope_scaling=scaling)
+    j = config_json(Llama.from_pretrained(write_hf(tmp_path / "m", model)).config)
+    kind = "llama3" if scaling else "default"
+    new = dict(j, rope_parameters={"rope_theta": 500.0, "rope_type": kind, **(scaling or {})})
+    del new["rope_scaling"], new["rope_theta"]
+    old = {n: v for n, v in j.items() if n not in ("num_key_value_heads", "head_dim", "tie_word_embeddings")}
+    old["rope_scaling"] = {"type": "llama3", **scaling} if scaling else None
+    for variant in (new, old, dict(old, num_key_value_heads=None, head_dim=None)):
+        (tmp_path / "m/config.json").write_text(json.dumps(variant))
+        assert vars(Llama.from_pretrained(tmp_path / "m").config) == vars(model.config)
+
+
+@pytest.mark.parametrize("padding", range(8))
+def test_safetensors_data_need_not_be_aligned(tmp_path, padding):
+    model = small_model()
+    path = write_hf(tmp_path / "m", model)
+    header, data = safetensors_parts(hf_tensors(model))
+    write_safetensors(path / "model.safetensors", json.dumps(header).encode() + b" " * padding, data)
+    assert torch.equal(Llama.from_pretrained(path).lm_head.weight, model.lm_head.weight)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+FIRST = "model.embed_tokens.weight"
+ENTRY = {"a key is missing": lambda e: e.pop("shape"), "not an object": None, "dtype unknown": {"dtype": "F8_E4M3"},
+         "dtype null": {"dtype": None}, "dtype a list": {"dtype": ["F32"]}, "dtype lies": {"dtype": "F16"},
+         "negative shape": {"shape": [-16, -16]}, "float shape": {"shape": [16.0, 16]}, "bool shape": {"shape": [True,
+         256]},
+         "huge shape": {"shape": [1 << 62, 1 << 62]}, "endless shape": {"shape": [10 ** 99] * 99999},
+         "zero shape": {"shape": [0, 16]}, "text shape": {"shape": "16"}, "shape null": {"shape": None},
+         "one offset": {"data_offsets": [0]}, "three offsets": {"data_offsets": [0, 1024, 2048]},
+         "float offsets": {"data_offsets": [0.0, 1024.0]}, "text offsets": {"data_offsets": ["0", "1024"]},
+         "negative offsets": {"data_offsets": [-1024, 0]}, "backward offsets": {"data_offsets": [1024, 0]},
+         "huge offsets": {"data_offsets": [1 << 70, (1 << 70) + 1024]}, "overlap": {"data_offsets": [0, 1024]},
+         "beyond the end": {"data_offsets": [1 << 20, (1 << 20) + 1024]}}
+
+
+@pytest.mark.parametrize("change", ENTRY)
+def test_a_lying_safetensors_entry_names_file_and_tensor(tmp_path, change):
+    model = small_model()
+    path = write_hf(tmp_path / "m", model)
+    header, data = safetensors_parts(hf_tensors(model))
+    how = ENTRY[change]
+    if callable(how):
+        how(header[Q])
+    else:
+        header[Q] = "nonsense" if how is None else {**header[Q], **how}
+    write_safetensors(path / "model.safetensors", header, data)
+    refuse(path, "model.safetensors: '", "overlap" if change == "overlap" else Q)
+
+
+def refuse(path, *words, kinds=ValueError):
+    with pytest.raises(kinds) as e:
+        Llama.from_pretrained(path)
+    assert type(e.value) in (ValueError, FileNotFoundError) and "\n" not in str(e.value) and len(str(e.value)) < 700
+    for word in words:
+        assert str(word) in str(e.value), str(e.value)
+
+
+def whole_files():
+    """name -> (bytes of model.safetensors, what the message must name)"""
+    header, data = safetensors_parts(hf_tensors(small_model()))
+    raw = json.dumps(header).encode()
+    start = struct.pack("<Q", len(raw))
+    twice = raw[:-1] + b', "model.norm.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+    extra = json.dumps({**header, "model.extra\nname": {"dtype": "F32", "shape": [0], "data_offsets": [0,
+            0]}}).encode()
+    pack = lambda h, d=data: struct.pack("<Q", len(h)) + h + d
+    return {"empty": (b"", "truncated"), "seven bytes": (b"1234567", "truncated"), "only a length": (start,
+            "truncated"),
+            "half a header": (start + raw[:50], "truncated"), "huge length": (b"\xff" * 8 + raw + data, "truncated"),
+            "length 0": (bytes(8) + raw + data, "header of 0"), "short length": (pack(raw[:-9], raw[-9:] + data),
+            "JSON"),
+            "data cut": (pack(raw, data[:-1]), "cannot be bytes"), "data added": (pack(raw, data + b"x"),
+            "end of file"),
+            "not UTF-8": (pack(b'{"\xff": 1}'), "UnicodeDecodeError"), "a list": (pack(b"[1]"), "JSON object"),
+            "deep": (pack(b'{"a":' * 50000), "RecursionError"), "a name twice": (pack(twice), "model.norm.weight"),
+            "no tensors": (pack(b"{}", b""), "2 layers"), "an extra tensor": (pack(extra), "model.extra\\nname"),
+            "big number": (pack(b'{"a": ' + b"9" * 5000 + b"}"), "model.safetensors")}
+
+
+@pytest.mark.parametrize("case", whole_files())
+def test_a_damaged_safetensors_file_is_refused(tmp_path, case):
+    path = write_hf(tmp_path / "m", small_model())
+    content, word = whole_files()[case]
+    (path / "model.safetensors").write_bytes(content)
+    refuse(path, path, word)
+
+
+@pytest.mark.parametrize("how, word", [("missing", "is missing"), ("unexpected", "unexpected"), ("shape", "(16, 16)"),
+                                       ("transposed", "has shape")])
+def test_every_tensor_is_accounted_for(tmp_path, how, word):
+    model = small_model()
+    path, tensors = write_hf(tmp_path / "m", model), hf_tensors(model)
+    name = "model.layers.0.mlp.up_proj.weight" if how == "transposed" else Q
+    if how == "missing":
+        del tensors[name]
+    elif how == "unexpected":
+        tensors[name := "layers.1.self_attn.q_proj.weight"] = torch.zeros(1)
+    else:
+        tensors[name] = torch.zeros(16, 15) if how == "shape" else tensors[name].T
+    write_safetensors(path / "model.safetensors", *safetensors_parts(tensors))
+    refuse(path, path, repr(name), word)
+
+
+def test_tied_embeddings_with_another_head_are_refused_and_with_the_same_accepted(tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    path, tensors = write_hf(tmp_path / "m", model), hf_tensors(model)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)    # old files have it
+    tensors["lm_head.weight"] = tensors[FIRST].clone()
+    write_safetensors(path / "model.safetensors", *safetensors_parts(tensors))
+    assert torch.equal(Llama.from_pretrained(path).embed_tokens.weight, model.embed_tokens.weight)
+    tensors["lm_head.weight"][3, 3] += 1
+    write_safetensors(path / "model.safetensors", *safetensors_parts(tensors))
+    refuse(path, "lm_head.weight", "differs")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
+    write_safetensors(path / "model.safetensors", *safetensors_parts(tensors))
+    refuse(path, "lm_head.weight")
+
+
+INDEX = {"outside": ({Q: "../model.safetensors"}, "../model.safetensors"), "absolute": ({Q: "/etc/passwd"},
+         "/etc/passwd"),
+         "backslash": ({Q: "..\\x.safetensors"}, "x.safetensors"), "not text": ({Q: 5}, "index.json"),
+         "other kind": ({Q: "model.bin"}, "model.bin"), "empty name": ({Q: ""}, "index.json"),
+         "nul": ({Q: "a\0.safetensors"}, "index.json"), "null": ({Q: None}, "index.json"),
+         "no such shard": ({Q: "model-7.safetensors"}, Q),
+         "wrong shard": ({Q: "model-00001-of-00003.safetensors", FIRST: "model-00002-of-00003.safetensors"}, FIRST)}
+
+
+@pytest.mark.parametrize("case", INDEX)
+def test_a_lying_index_is_refused(tmp_path, case):
+    path = write_hf(tmp_path / "m", small_model(), shards=3)
+    index = path / "model.safetensors.index.json"
+    j = json.loads(index.read_text())
+    j["weight_map"].update(INDEX[case][0])
+    index.write_text(json.dumps(j))
+    refuse(path, path, INDEX[case][1], kinds=(ValueError, FileNotFoundError))
+
+
+def test_a_tensor_in_two_shards_is_refused_and_so_is_an_index_without_map(tmp_path):
+    model = small_model()
+    path = write_hf(tmp_path / "m", model, shards=2)
+    second = path / "model-00002-of-00002.safetensors"
+    places = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {n: t for n, t in hf_tensors(model).items() if places[n] == second.name}
+    write_safetensors(second, *safetensors_parts({**tensors, FIRST: torch.zeros(37, 16)}))
+    refuse(path, second, FIRST)
+    write_safetensors(second, *safetensors_parts({n: t for n, t in tensors.items() if n != Q}))
+    assert Q in tensors
+    refuse(path, path, Q)
+    for text in ("", "{}", "[]", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {}}'):
+        (path / "model.safetensors.index.json").write_text(text)
+        refuse(path, path)
+    second.unlink()
+    (path / "model.safetensors.index.json").unlink()
+    refuse(path, path / "model.safetensors", kinds=FileNotFoundError)
+
+
+CONFIG = [("vocab_size", "37"), ("vocab_size", None), ("vocab_size", 1 << 40), ("hidden_size", True), ("hidden_size",
+          0),
+          ("hidden_size", 16.0), ("hidden_size", 17), ("intermediate_size", []), ("num_hidden_layers", 1 << 24),
+          ("num_hidden_layers", 1), ("num_hidden_layers", -2), ("num_attention_heads", 0), ("num_attention_heads", 3),
+          ("num_attention_heads", 1 << 24), ("num_key_value_heads", 3), ("num_key_value_heads", 0),
+          ("num_key_value_heads", 4),
+          ("head_dim", 3), ("head_dim", 0), ("head_dim", 1 << 24), ("head_dim", 8), ("rms_norm_eps", 0),
+          ("rms_norm_eps", math.nan), ("rms_norm_eps", None), ("rms_norm_eps", True), ("rope_theta", "1e4"),
+          ("rope_theta", math.inf), ("rope_theta", -1), ("rope_theta", 1e-300), ("tie_word_embeddings", "false"),
+          ("tie_word_embeddings", None), ("max_position_embeddings", -1), ("model_type", "mistral"), ("model_type",
+          None),
+          ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True), ("quantization_config", {"bits": 4}),
+          ("partial_rotary_factor", 0.5), ("rope_scaling", {"type": "linear", "factor": 2.0}), ("rope_scaling",
+          "llama3"),
+          ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}), ("rope_scaling", {"rope_type": "llama3"}),
+          ("rope_scaling", {"rope_type": "llama3", **LLAMA3_ROPE, "factor": None}),
+          ("rope_scaling", {"rope_type": "llama3", **LLAMA3_ROPE, "low_freq_factor": 4.0}),
+          ("rope_scaling", {"rope_type": ["llama3"]}), ("rope_parameters",
+          {"full_attention": {"rope_type": "llama3"}}),
+          ("rope_parameters", {"rope_type": "default", "rope_theta": 0}), ("rope_parameters", [1])]
+
+
+@pytest.mark.parametrize("name, value", CONFIG)
+def test_a_wrong_config_is_refused(tmp_path, name, value):
+    path = write_hf(tmp_path / "m", small_model())
+    j = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**j, name: value}))
+    fits = name in ("num_hidden_layers", "hidden_size", "head_dim", "num_key_value_heads", "num_attention_heads") \
+        and type(value) is int and value > 0
+    refuse(path, path, *([] if fits else ["config.json", name.split("_")[0]]))
+    if name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "model_type"):
+        (path / "config.json").write_text(json.dumps({n: v for n, v in j.items() if n != name}))
+        refuse(path, "config.json", name)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"a": 1, "a": 2}', "\ufeff{}", "[" * 50000])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
+    path = write_hf(tmp_path / "m", small_model())
+    (path / "config.json").write_text(text)
+    refuse(path, path / "config.json")
+
+
+def test_directories_in_place_of_files_and_nothing_at_all_are_refused(tmp_path):
+    refuse(tmp_path, tmp_path, "config.json", kinds=FileNotFoundError)
+    refuse(tmp_path / "nowhere", tmp_path, kinds=FileNotFoundError)
+    path = write_hf(tmp_path / "m", small_model())
+    for name in ("model.safetensors", "config.json"):
+        (path / name).unlink()
+        (path / name).mkdir()
+        refuse(path, name, kinds=(ValueError, FileNotFoundError))
+    meta = write_meta(tmp_path / "meta", small_model())
+    (meta / "consolidated.00.pth").unlink()
+    refuse(meta, "consolidated.00.pth", kinds=FileNotFoundError)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["LOADER_TEST_TRAP"],)
+
+
+def test_code_in_a_pth_file_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOADER_TEST_TRAP", str(tmp_path / "trap"))
+    path = write_meta(tmp_path / "m", small_model())
+    torch.save({"tok_embeddings.weight": Code()}, path / "consolidated.00.pth")
+    refuse(path, path / "consolidated.00.pth")
+    assert not (tmp_path / "trap").exists()
+
+
+WQ = "layers.1.attention.wq.weight"
+META = {"value is no tensor": ({WQ: [1, 2]}, WQ), "name is no text": ({5: torch.zeros(1)}, "5"),
+        "integers": ({WQ: torch.zeros(16, 16, dtype=torch.int32)}, WQ), "shape": ({WQ: torch.zeros(16, 15)}, WQ),
+        "a vector": ({WQ: torch.zeros(16)}, WQ), "far larger than its memory": ({WQ: torch.zeros(1, 1).expand(16,
+        16)}, WQ),
+        "sparse": ({WQ: torch.zeros(16, 16).to_sparse()}, WQ), "on no device": ({WQ: torch.zeros(16, 16,
+        device="meta")}, WQ),
+        "no embedding": ({"tok_embeddings.weight": None}, "consolidated.00.pth"), "extra": ({"lora": torch.zeros(1)},
+        "lora"),
+        "our names": ({"layers.1.self_attn.q_proj.weight": torch.zeros(16, 16)}, "q_proj")}
+
+
+@pytest.mark.parametrize("case", META)
+def test_a_damaged_meta_checkpoint_is_refused(tmp_path, case):
+    path = write_meta(tmp_path / "m", small_model())
+    content = torch.load(path / "consolidated.00.pth", weights_only=True)
+    torch.save({**content, **META[case][0]}, path / "consolidated.00.pth")
+    refuse(path, path, META[case][1])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("dim", "16"), ("dim", 1 << 30), ("n_layers", 3), ("n_heads", 0), ("n_kv_heads", 3), ("multiple_of", 0),
+    ("vocab_size", 5),
+    ("ffn_dim_multiplier", math.nan), ("ffn_dim_multiplier", "2"), ("norm_eps", None), ("rope_theta", -1),
+    ("use_scaled_rope", "false"), ("moe_args", {}), ("quantization_args", {})])
+def test_wrong_meta_parameters_are_refused(tmp_path, name, value):
+    refuse(write_meta(tmp_path / "m", small_model(), **{name: value}), tmp_path / "m")
+
+
+def test_a_meta_checkpoint_without_output_matrix_or_in_parts_or_torn_is_refused(tmp_path):
+    path = write_meta(tmp_path / "m", small_model())
+    file = path / "consolidated.00.pth"
+    whole, content = file.read_bytes(), torch.load(file, weights_only=True)
+    del content["output.weight"]
+    torch.save(content, file)
+    refuse(path, "output.weight")
+    for raw in (b"", b"nonsense", whole[:1000], whole[:-100]):
+        file.write_bytes(raw)
+        refuse(path, file)
+    (path / "consolidated.01.pth").write_bytes(b"")
+    refuse(path, path, "split")
+
+
+def mutate_loader(rng, raw):
+    raw, pieces = bytearray(raw), [b"0", b"-1", b"1e9", b"null", b"true", b"[]", b"{}", b'""', b"9" * 30, b"NaN",
+    b",", b'"']
+    for _ in range(rng.randint(1, 3)):
+        i = rng.randrange(len(raw))
+        j = min(len(raw), i + rng.choice((1, 1, 2, 5, 40)))
+        raw[i:j] = rng.choice((bytes([rng.randrange(256)]), b"", rng.choice(pieces), raw[i:j] * 2))
+    return bytes(raw)
+
+
+def fuzz(tmp_path, rounds, seed):
+    """Random damage of each text: the right error, or the same weights. -> {text: [refused, loaded]}"""
+    rng, model, counts = random.Random(seed), small_model(), {}
+    single, sharded = write_hf(tmp_path / "one", model), write_hf(tmp_path / "many", model, shards=3)
+    header, data = safetensors_parts(hf_tensors(model))
+    raw = json.dumps(header).encode()
+    index, config = sharded / "model.safetensors.index.json", single / "config.json"
+    files = {"header": (single / "model.safetensors", raw, lambda b: struct.pack("<Q", len(b)) + b + data),
+             "index": (index, index.read_bytes(), bytes), "config": (config, config.read_bytes(), bytes)}
+    for name, (file, good, pack) in files.items():
+        whole, results = file.read_bytes(), [0, 0]
+        for _ in range(rounds):
+            file.write_bytes(pack(mutate_loader(rng, good)))
+            try:
+                got = Llama.from_pretrained(file.parent)
+            except (ValueError, FileNotFoundError) as e:
+                assert type(e) in (ValueError,
+                FileNotFoundError) and str(file.parent) in str(e) and "\n" not in str(e)
+                results[0] += 1
+            else:
+                assert all(map(torch.equal, got.parameters(), model.parameters()))
+                results[1] += 1
+        file.write_bytes(whole)
+        counts[name] = results
+    return counts
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path):
+    for refused, loaded in fuzz(tmp_path, 100, seed=0).values():
+        assert refused + loaded == 100 and refused > 30
+
+
+# --------------------------------------------------------------------------------------- 9. the tokenizer
+
+LLAMA_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+QWEN = T.LLAMA3.replace("{1,3}", "")
+
+
+def split_then_bytes(pattern):
+    return {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+
+
+def added_token(content, i, special=True, **flags):
+    return {"id": i, "content": content, "special": special, "lstrip": False, "rstrip": False,
+            "single_word": False, "normalized": False} | flags
+
+
+def tokenizer_json(merges=("t h", "th e", "i n", "Ġ the", "Ġ Ġ"), pattern=T.LLAMA3, specials=LLAMA_SPECIALS):
+    """A small byte-level BPE tokenizer.json: the 256 bytes, one token per merge, then the special tokens."""
+    vocab = {c: i for i, c in enumerate(T.BYTE_OF)}
+    vocab |= {m.replace(" ", ""): 256 + i for i, m in enumerate(merges)}
+    return {"version": "1.0", "normalizer": None, "pre_tokenizer": split_then_bytes(pattern),
+            "added_tokens": [added_token(s, len(vocab) + i) for i, s in enumerate(specials)],
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": vocab, "merges": list(merges)}}
+
+
+def tokenizer_model(extra=(b"th", b"the", b" the")):
+    tokens = [bytes([b]) for b in range(256)] + list(extra)
+    return b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens))
+
+
+def load_json(folder, root):
+    (folder / "tokenizer.json").write_text(json.dumps(root), encoding="utf-8")
+    return Tokenizer.from_dir(folder)
+
+
+def load_model(folder, data):
+    (folder / "tokenizer.model").write_bytes(data)
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return load_json(tmp_path_factory.mktemp("tok"), tokenizer_json())
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    root = tokenizer_json(pattern=QWEN, specials=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    root["normalizer"] = {"type": "NFC"}
+    root["added_tokens"] += [added_token("<tool", 300, False), added_token("<tool_call>", 301, False)]
+    return load_json(tmp_path_factory.mktemp("qwen"), root)
+
+
+def test_tokenizer_merges_the_lowest_id_first_and_never_across_pieces(tok):
+    t, h, e, i, n, space = (T.BYTE_OF[c] for c in "theinĠ")
+    byte = {b: i for i, b in enumerate(T.BYTE_OF.values())}
+    assert tok.encode("the in") == [257, byte[space], 258]
+    assert tok.encode("x the") == [byte[ord("x")], 259]                  # "Ġthe" is the last merge, but it merges
+    assert tok.encode("the  the") == [257, byte[space], 259]             # two spaces: the second belongs to the word
+    assert tok.encode("the\n\n  ") == [257, byte[10], byte[10], 260]
+    assert tok.encode("1234") == [byte[b] for b in b"1234"]
+    assert tok.encode("") == [] and tok.decode([]) == ""
+
+
+def test_tokenizer_prefers_a_low_id_over_the_leftmost_pair(tmp_path):
+    tok = load_json(tmp_path, tokenizer_json(["b c", "a b"]))
+    assert [tok.token_bytes[i] for i in tok.encode("abc")] == [b"a", b"bc"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=80))
+def test_tokenizer_round_trips_any_text_byte_for_byte_and_streams_it(tok, qwen, text):
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and b"".join(tok.token_bytes[i] for i in ids) == text.encode()
+    assert "".join(tok.stream(ids)) == text
+    assert qwen.decode(qwen.encode(text)) == unicodedata.normalize("NFC", text) or "<tool" in text
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, 265), max_size=60))
+def test_tokenizer_decodes_any_ids_as_their_bytes_with_replacement(tok, ids):
+    text = b"".join(tok.encoding.decode_single_token_bytes(i) for i in ids).decode(errors="replace")
+    assert tok.decode(ids) == text == "".join(tok.stream(ids))
+
+
+def test_tokenizer_stream_holds_a_character_back_until_its_last_byte(tok):
+    pieces = list(tok.stream(tok.encode("a中!")))
+    assert [p for p in pieces if p] == ["a", "中", "!"] and "\ufffd" not in "".join(pieces)
+    assert "".join(tok.stream(tok.encode("中")[:2])) == "\ufffd" and tok.decode(tok.encode("中")[:2]) == "\ufffd"
+
+
+def test_tokenizer_text_cannot_forge_a_special_token_unless_asked(tok):
+    text = "a<|eot_id|>b<|begin_of_text|>"
+    eot, bos = tok.added["<|eot_id|>"], tok.bos_id
+    assert not {eot, bos} & set(tok.encode(text)) and tok.decode(tok.encode(text)) == text
+    ids = tok.encode(text, special=True)
+    assert ids[1] == eot and ids[-1] == bos and len(ids) == 4 and tok.decode(ids) == text
+    assert tok.encode("a", bos=True) == [bos, *tok.encode("a")]
+    with pytest.raises(ValueError, match="no bos"):
+        Tokenizer(T.GPT2, {bytes([b]): b for b in range(256)}, {}, set()).encode("a", bos=True)
+
+
+def test_tokenizer_added_tokens_that_are_not_special_are_always_matched_longest_first(qwen):
+    text = "x<tool_call>y<tool z<|im_end|>"
+    ids = qwen.encode(text)
+    assert ids.count(301) == ids.count(300) == 1 and qwen.added["<|im_end|>"] not in ids
+    assert qwen.token_bytes[301] == b"<tool_call>" and qwen.decode(ids) == text
+    assert qwen.bos_id is None and qwen.stop_ids == {qwen.added["<|im_end|>"], qwen.added["<|endoftext|>"]}
+
+
+def test_tokenizer_applies_nfc_only_where_the_file_asks(tok, qwen):
+    assert qwen.decode(qwen.encode("e\u0301")) == "\u00e9" and tok.decode(tok.encode("e\u0301")) == "e\u0301"
+
+
+def test_tokenizer_gpt2_and_llama_3_patterns_cut_numbers_and_contractions_their_own_way(tmp_path):
+    root = tokenizer_json(["' s", "S x", "' S", "1 2", "12 3", "123 4"])
+    llama = load_json(tmp_path, root)
+    assert [llama.token_bytes[i] for i in llama.encode("a's 1234'S")] == [b"a", b"'s", b" ", b"123", b"4", b"'S"]
+    assert [llama.token_bytes[i] for i in llama.encode("a'Sx")] == [b"a", b"'S", b"x"]
+    root["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    del root["model"]["type"]                                            # as in GPT-2's own file
+    gpt2 = load_json(tmp_path, root)
+    assert [gpt2.token_bytes[i] for i in gpt2.encode("a's 1234'S")] == [b"a", b"'s", b" ", b"1234", b"'", b"S"]
+
+
+def test_tokenizer_token_bytes_covers_the_vocabulary_and_hides_special_and_unused_ids(tmp_path):
+    root = tokenizer_json()
+    root["added_tokens"].append(added_token("<|far|>", 270))
+    tok = load_json(tmp_path, root)
+    assert tok.n_vocab == len(tok.token_bytes) == 271 and tok.token_bytes[257] == b"the"
+    assert all(tok.token_bytes[i] is None for i in range(261, 271))
+    assert {b for b in tok.token_bytes[:256]} == {bytes([b]) for b in range(256)}
+
+
+def test_tokenizer_ids_outside_the_vocabulary_are_named(tok):
+    for bad in (-1, tok.n_vocab, 10**12):
+        with pytest.raises(ValueError, match=str(bad)):
+            tok.decode([bad])
+
+
+def test_tokenizer_lone_surrogates_are_refused(tok, qwen):
+    for text in ("a\ud800", "\udfff", "x" * 9 + "\ud83d y"):
+        with pytest.raises(ValueError, match="surrogate"):
+            tok.encode(text)
+        with pytest.raises(ValueError, match="surrogate"):
+            qwen.encode(text)
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "a", "!", "\t ", "\u3000", "中"])
+def test_tokenizer_a_very_long_run_takes_linear_time_and_round_trips(tok, unit):
+    text, start = "x" + unit * 1_000_000 + "y", time.perf_counter()
+    assert tok.decode(tok.encode(text)) == text
+    assert time.perf_counter() - start < 10
+
+
+def test_tokenizer_cutting_a_long_run_of_spaces_changes_no_id(tok):
+    for n in (T.RUN - 1, T.RUN, T.RUN + 1, T.RUN + 2, 2 * T.RUN + 1):
+        assert tok.encode(" " * n + "the") == tok.encoding.encode_ordinary(" " * n + "the"), n
+
+
+def test_tokenizer_model_file_numbers_the_special_tokens_as_llama_3_does(tmp_path):
+    tok = load_model(tmp_path, tokenizer_model())
+    n = 259
+    order = {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_0": 2, "reserved_special_token_1": 3,
+             "finetune_right_pad_id": 4, "reserved_special_token_2": 5, "start_header_id": 6, "end_header_id": 7,
+             "eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_3": 11,
+             "reserved_special_token_247": 255}
+    assert {name: tok.added[f"<|{name}|>"] - n for name in order} == order and len(tok.added) == 256
+    assert tok.n_vocab == n + 256 and tok.bos_id == n and tok.stop_ids == {n + 1, n + 8, n + 9}
+    assert tok.encode("the the") == [257, 258]
+    assert not {*tok.encode("<|eot_id|><|reserved_special_token_9|>")} & {*tok.added.values()}
+
+
+def test_tokenizer_model_and_json_of_one_vocabulary_agree(tmp_path):
+    extra = [b"th", b"he", b"the", b" the", b"aa", b"  "]
+    (tmp_path / "a").mkdir()
+    model = load_model(tmp_path / "a", tokenizer_model(extra))
+    to_char = {b: c for c, b in T.BYTE_OF.items()}
+    tokens = ["".join(to_char[b] for b in t) for t in [bytes([b]) for b in range(256)] + extra]
+    root = tokenizer_json()
+    root["model"]["vocab"] = {t: i for i, t in enumerate(tokens)}
+    root["model"]["merges"] = [[t[:i], t[i:]] for t in tokens for i in range(1, len(t))
+                               if t[:i] in tokens and t[i:] in tokens]
+    root["model"]["ignore_merges"] = True
+    root["added_tokens"] = [added_token(s, i) for s, i in model.added.items()]
+    both = load_json(tmp_path, root)
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice("thea \n中'1") for _ in range(rng.randrange(30)))
+        assert both.encode(text) == model.encode(text)
+    assert both.token_bytes == model.token_bytes
+    root["model"]["merges"].append(["t", "he"])                          # a pair twice
+    with pytest.raises(ValueError, match="merges"):
+        load_json(tmp_path, root)
+    root["model"]["merges"].pop()
+    pairs = root["model"]["merges"]
+    pairs[pairs.index(["t", "he"])] = ["th", "e"]                        # one pair twice, one of the same token gone
+    with pytest.raises(ValueError, match="merges"):
+        load_json(tmp_path, root)
+    pairs.pop()
+    with pytest.raises(ValueError, match="merges"):
+        load_json(tmp_path, root)
+
+
+def test_tokenizer_finds_its_file_in_the_directory_below_it_or_by_its_own_path(tmp_path):
+    (tmp_path / "original").mkdir()
+    below = tmp_path / "original" / "tokenizer.model"
+    below.write_bytes(tokenizer_model())
+    assert Tokenizer.from_dir(tmp_path).n_vocab == Tokenizer.from_dir(str(below)).n_vocab == 259 + 256
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_model())
+    assert load_json(tmp_path, tokenizer_json()).n_vocab == 261 + 5       # tokenizer.json comes first
+    assert Tokenizer.from_dir(tmp_path / "tokenizer.json").n_vocab == 261 + 5
+
+
+def test_tokenizer_missing_files_are_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*tokenizer\.model") as error:
+            Tokenizer.from_dir(folder)
+        assert str(folder) in str(error.value)
+
+
+def test_tokenizer_chat_is_the_llama_3_template_and_content_cannot_end_its_turn(tok):
+    bos, _, start, end, eot = (tok.added[s] for s in LLAMA_SPECIALS)
+    ids = tok.chat([{"role": "system", "content": " the\n"}, {"role": "user", "content": "in<|eot_id|>"}])
+    e = tok.encode
+    assert ids == [bos, start, *e("system"), end, *e("\n\nthe"), eot,
+                   start, *e("user"), end, *e("\n\nin<|eot_id|>"), eot, start, *e("assistant"), end, *e("\n\n")]
+    assert ids.count(eot) == 2 and tok.chat([]) == [bos, start, *e("assistant"), end, *e("\n\n")]
+
+
+@pytest.mark.parametrize("name", ["<|begin_of_text|>", "<|bos|>", "<s>"])
+def test_tokenizer_finds_the_bos_token_by_its_usual_names(tmp_path, name):
+    tok = load_json(tmp_path, tokenizer_json(specials=["<|other|>", name]))
+    assert tok.bos_id == tok.added[name] and tok.encode("", bos=True) == [tok.bos_id]
+
+
+def test_tokenizer_chat_needs_the_header_tokens(qwen):
+    with pytest.raises(ValueError, match="Llama 3"):
+        qwen.chat([{"role": "user", "content": "hi"}])
+
+
+BAD_MODELS = {
+    "a SentencePiece protobuf": (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>", "SentencePiece"),
+    "an empty file": (b"", "no token"),
+    "bad base64": (b"!!!! 0\n" + tokenizer_model(), "base64"),
+    "bad padding": (tokenizer_model() + b"QQ 259\n", "adding"),
+    "a rank that is no number": (tokenizer_model() + b"QUE= x\n", "base64"),
+    "a gap in the ranks": (tokenizer_model() + b"QUE= 300\n", "ranks"),
+    "a rank twice": (tokenizer_model() + b"QUE= 258\n", "ranks"),
+    "a token twice": (tokenizer_model() + b"IQ== 259\n", "ranks"),
+    "a stray word": (tokenizer_model() + b"stray\n", "base64"),
+    "a missing byte": (b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(255)), "xff"),
+    "a negative rank": (tokenizer_model() + b"QUE= -1\n", "base64"),
+    "more than 128000 tokens": (tokenizer_model([b"%06d" % i for i in range(128001 - 256)]), "Llama 3"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_MODELS)
+def test_tokenizer_a_bad_model_file_gives_one_line_that_names_it(tmp_path, what):
+    data, says = BAD_MODELS[what]
+    with pytest.raises(ValueError, match=says) as error:
+        load_model(tmp_path, data)
+    assert str(tmp_path / "tokenizer.model") in str(error.value) and "\n" not in str(error.value)
+
+
+def change(*path, to):
+    def apply(root):
+        for key in path[:-1]:
+            root = root[key]
+        root[path[-1]] = to
+    return apply
+
+
+def without(*path):
+    def apply(root):
+        for key in path[:-1]:
+            root = root[key]
+        del root[path[-1]]
+    return apply
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = ("added_tokens", 0)
+BAD_JSONS = {
+    "Unigram": (change("model", "type", to="Unigram"), "Unigram"),
+    "WordPiece": (change("model", "type", to="WordPiece"), "WordPiece"),
+    "byte_fallback": (change("model", "byte_fallback", to=True), "byte_fallback"),
+    "dropout": (change("model", "dropout", to=0.1), "dropout"),
+    "word suffix": (change("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix"),
+    "subword prefix": (change("model", "continuing_subword_prefix", to="##"), "##"),
+    "SentencePiece spaces": (change("model", "vocab", "▁", to=999), "▁"),
+    "NFKC": (change("normalizer", to={"type": "NFKC"}), "normalizer"),
+    "no pre_tokenizer": (change("pre_tokenizer", to=None), "pre_tokenizer"),
+    "unknown pre_tokenizer": (change("pre_tokenizer", to={"type": "Whitespace"}), "Whitespace"),
+    "prefix space": (change("pre_tokenizer", to=BYTE_LEVEL | {"add_prefix_space": True}), "add_prefix_space"),
+    "no split": (change("pre_tokenizer", to=BYTE_LEVEL | {"use_regex": False}), "use_regex"),
+    "prefix space after a split": (change("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", to=True),
+                                   "pre_tokenizer"),
+    "two splits": (change("pre_tokenizer", "pretokenizers", 1, "use_regex", to=True), "pre_tokenizer"),
+    "Removed": (change("pre_tokenizer", "pretokenizers", 0, "behavior", to="Removed"), "Removed"),
+    "inverted split": (change("pre_tokenizer", "pretokenizers", 0, "invert", to=True), "pre_tokenizer"),
+    "string split": (change("pre_tokenizer", "pretokenizers", 0, "pattern", to={"String": " "}), "String"),
+    "bad regex": (change("pre_tokenizer", to=split_then_bytes("(")), "arenthesis"),
+    "unknown class in regex": (change("pre_tokenizer", to=split_then_bytes(r"\p{Nope}")), "Regex"),
+    "deep regex": (change("pre_tokenizer", to=split_then_bytes("(" * 9999 + ")" * 9999)), "nested"),
+    "no merges": (without("model", "merges"), "merges"),
+    "no vocab": (without("model", "vocab"), "vocab"),
+    "no model": (without("model"), "vocab"),
+    "no added_tokens": (without("added_tokens"), "added_tokens"),
+    "model is a list": (change("model", to=[]), "vocab"),
+    "vocab is a list": (change("model", "vocab", to=[1]), "vocab"),
+    "merges is a number": (change("model", "merges", to=3), "merges"),
+    "merge of three": (change("model", "merges", 0, to="a b c"), "merges"),
+    "merge of numbers": (change("model", "merges", 0, to=[1, 2]), "str"),
+    "merge of no token": (change("model", "merges", 1, to="q z"), "merges"),
+    "merge that is missing": (without("model", "merges", 1), "merges"),
+    "merges in another order": (change("model", "merges", slice(0, 3), to=["i n", "t h", "th e"]), "merges"),
+    "merge that BPE never makes": (change("model", "merges", 1, to="t he"), "merges"),
+    "id twice": (change("model", "vocab", "in", to=0), ""),
+    "special id taken": (change(*ADDED, "id", to=5), "same id"),
+    "special name in the vocab": (change("model", "vocab", LLAMA_SPECIALS[0], to=999), "two ids"),
+    "special name twice": (change("added_tokens", 1, "content", to=LLAMA_SPECIALS[0]), "two ids"),
+    "empty special": (change(*ADDED, "content", to=""), "empty"),
+    "surrogate special": (change(*ADDED, "content", to="\ud800"), "surrogate"),
+    "special name is a number": (change(*ADDED, "content", to=7), "int"),
+    "lstrip": (change(*ADDED, "lstrip", to=True), "flag"),
+    "rstrip": (change(*ADDED, "rstrip", to=True), "flag"),
+    "single_word": (change(*ADDED, "single_word", to=True), "flag"),
+    "negative id": (change(*ADDED, "id", to=-1), "-1"),
+    "fractional id": (change(*ADDED, "id", to=0.5), "0.5"),
+    "boolean id": (change("model", "vocab", "Ġthe", to=True), ""),
+    "huge id": (change(*ADDED, "id", to=2**40), str(2**40)),
+    "text id": (change("model", "vocab", "th", to="256"), "str"),
+    "missing byte": (without("model", "vocab", "Ġ"), ""),
+    "long token": (change("model", "vocab", "a" * 9999, to=999), "too long"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_JSONS)
+def test_tokenizer_a_bad_json_file_gives_one_line_that_names_it(tmp_path, what):
+    apply, says = BAD_JSONS[what]
+    root = tokenizer_json()
+    apply(root)
+    with pytest.raises(ValueError) as error:
+        load_json(tmp_path, root)
+    message = str(error.value)
+    assert str(tmp_path / "tokenizer.json") in message and says in message and "\n" not in message
+
+
+def test_tokenizer_normalized_added_tokens_are_refused_under_nfc_only(tmp_path):
+    root = tokenizer_json()
+    root["added_tokens"][0]["normalized"] = True
+    load_json(tmp_path, root)
+    root["normalizer"] = {"type": "NFC"}
+    with pytest.raises(ValueError, match="flag"):
+        load_json(tmp_path, root)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"null", b"[]", b"\xff\xfe{", b'{"model": 1e999}', b"[" * 200_000])
+def test_tokenizer_what_is_no_json_gives_one_line_that_names_it(tmp_path, data):
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: \w+") as error:
+        Tokenizer.from_dir(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["", "a*", "a", r"\p{L}+", "(a+)+$"])
+def test_tokenizer_a_pattern_that_skips_text_never_loses_it_silently(tmp_path, pattern):
+    tok = load_json(tmp_path, tokenizer_json(pattern=pattern))
+    with pytest.raises(ValueError, match="skips|tiktoken"):
+        tok.encode("a" * 40 + " b")
+
+
+def test_tokenizer_a_token_its_merges_cannot_make_is_refused_but_kept_under_ignore_merges(tmp_path):
+    root = tokenizer_json(["b c"], pattern=r"\S+|\s+", specials=[])
+    root["model"]["vocab"]["abcd"] = 257                                 # nothing joins into abcd
+    root["model"]["ignore_merges"] = True
+    tok = load_json(tmp_path, root)
+    assert tok.encode("abcd") == [257]
+    assert [tok.token_bytes[i] for i in tok.encode("xabcd")] == [b"x", b"a", b"bc", b"d"]
+    root["model"]["ignore_merges"] = False
+    with pytest.raises(ValueError, match="merges"):
+        load_json(tmp_path, root)
+
+
+def mutate_tokenizer(data, rng):
+    """Damage a file: flip, drop or insert bytes, cut it, repeat a part, or swap numbers."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at, kind = rng.randrange(len(data)), rng.randrange(6)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            del data[at:at + rng.choice((1, 9, 200))]
+        elif kind == 2:
+            data[at:at] = rng.choice((b"0", b'"', b",", b"}", b"\\ud800", b"null", b"\n", b"-1", b"1e9", b"\xff"))
+        elif kind == 3:
+            data = data[:max(1, at)]
+        elif kind == 4:
+            data[at:at] = data[at:at + 30]
+        else:
+            digits = [i for i, b in enumerate(data) if 48 <= b < 58] or [0]
+            data[rng.choice(digits)] = 48 + rng.randrange(10)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_tokenizer_a_damaged_file_gives_a_value_error_or_a_working_tokenizer(tmp_path, name):
+    good = json.dumps(tokenizer_json()).encode() if name.endswith("json") else tokenizer_model()
+    rng, refused = random.Random(0), 0
+    for _ in range(200):
+        (tmp_path / name).write_bytes(mutate_tokenizer(good, rng))
+        try:
+            tok = Tokenizer.from_dir(tmp_path)
+        except ValueError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+            continue
+        for text in ("the in\n\n x中é <|eot_id|>", "a  b 123"):
+            try:
+                assert tok.decode(tok.encode(text)) == text
+            except ValueError as error:
+                assert "skips" in str(error) or "tiktoken" in str(error)
+    assert 50 < refused < 200
+
+
+# --------------------------------------------------------------------------------- 10. the tiny model answers
+
+TINY = ROOT / "checkpoints" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    tokenizer = Tokenizer.from_dir(TINY)
+    return Llama.from_pretrained(TINY), tokenizer, sentence_flags(tokenizer.token_bytes)
+
+
+def exact_match(tiny, length, n, new_cache, seed=1):
+    """Share of n questions, each at the end of a prompt of `length` tokens with 8 facts, answered to the letter."""
+    model, tokenizer, _ = tiny
+    rng, right = random.Random(seed), 0
+    for i in range(n):
+        prompt, answer = needle(rng, length, tokenizer, depth=(i + 0.5) / n, whole=True)
+        out = [int(t) for t in model.generate(torch.tensor([prompt]), new_cache(), len(answer))]
+        right += out == list(answer)
+    return right / n
+
+
+@pytest.mark.parametrize("length, n", [(512, 20), (2048, 16), (4096, 10), (8192, 4)])
+def test_the_tiny_model_answers_at_every_depth_and_sentencekv_with_a_16th_of_the_context_does_too(tiny, length, n):
+    dense = exact_match(tiny, length, n, DenseKV)
+    sentence = exact_match(tiny, length, n, lambda: SentenceKV(tiny[2], budget=max(128, length // 16)))
+    assert dense >= 0.9 and sentence >= 0.9, (dense, sentence)
+
+
+def test_a_budget_that_covers_the_prompt_gives_the_logits_of_the_dense_cache(tiny):
+    model, tokenizer, flags = tiny
+    model = Llama.from_pretrained(TINY, dtype=torch.float32)
+    prompt, answer = needle(random.Random(3), 700, tokenizer, whole=True)
+    dense, sentence = DenseKV(), SentenceKV(flags, budget=1024)
+    for tokens in (prompt, *([t] for t in answer), answer):
+        a, b = (model(torch.tensor([tokens]), cache) for cache in (dense, sentence))
+        assert (a - b).abs().max() < 2e-3 and a.argmax() == b.argmax()
+
+
+def test_follow_up_questions_are_answered_from_one_reading(tiny):
+    model, tokenizer, flags = tiny
+    right = 0
+    for seed in range(3):
+        text, facts = story(2000, facts=8, seed=seed)
+        cache, last = SentenceKV(flags, budget=160), []
+        model(torch.tensor([tokenizer.encode(text, bos=True)]), cache)
+        for question, answer in facts[::-2]:
+            want = tokenizer.encode(answer)
+            out = [int(t) for t in model.generate(torch.tensor([last + tokenizer.encode(question)]), cache, len(want))]
+            right, last = right + (out == want), out[-1:]
+    assert right >= 11, f"{right} of 12"
+
+
+# ------------------------------------------------------------------------------------------- 11. README and CLI
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/walkthrough.md"])
+def test_the_python_in_the_documents_runs_as_it_stands_and_prints_what_they_say(file, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks, names = re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.S), {}
+    assert blocks
+    for block in blocks:
+        exec(compile(block, file, "exec"), names)
+    printed = capsys.readouterr().out
+    for line in re.findall(r"# prints (.*)", "".join(blocks)):
+        assert line in printed
+
+
+def test_the_readmes_two_commands_are_those_of_ci():
+    commands = [line for line in README.splitlines() if line.startswith(SETUP)]
+    assert commands == [SETUP + "sentencekv.py", SETUP + "-m pytest"]
+    assert [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if ".venv" in line] == commands[::-1]
+
+
+def test_the_readme_names_every_file_and_every_setting():
+    names = [p.name for p in ROOT.iterdir() if p.suffix in (".py", ".txt")]
+    settings = list(inspect.signature(SentenceKV).parameters)
+    assert [name for name in names + settings if f"`{name}" not in README] == []
+
+
+def test_docstring_examples_are_true():
+    assert doctest.testmod(sentencekv).failed == 0 and doctest.testmod(sentencekv).attempted >= 5
+
+
+def test_the_command_line_answers_from_a_file_and_shows_what_it_fetched(tmp_path, capsys):
+    text, facts = story(1500, facts=6, seed=4)
+    (tmp_path / "story.txt").write_text(text, encoding="utf-8")
+    question, answer = facts[2]
+    assert ask.main(["--prompt-file", str(tmp_path / "story.txt"), "--ask", question.strip(), "--budget", "128",
+                     "--max-new-tokens", "16", "--dense", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.count(answer.strip()) >= 2 and "of a head's attention" in out and "MB in host memory" in out
+
+
+def test_a_text_without_a_question_is_continued(tmp_path, capsys):
+    text, facts = story(600, facts=4, seed=4)
+    (tmp_path / "story.txt").write_text(text + facts[1][0], encoding="utf-8")
+    assert ask.main(["--prompt-file", str(tmp_path / "story.txt"), "--max-new-tokens", "16", "--device", "cpu"]) == 0
+    assert facts[1][1].strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "nowhere"], "error: nowhere"),
+    (["--prompt-file", "nowhere.txt"], "error: .*nowhere.txt"),
+    (["--budget", "20"], r"error: budget 20 must exceed sink \+ recent = 36"),
+    (["--temperature", "-1"], "error: temperature must be"),
+    (["--max-new-tokens", "0"], "error: --max-new-tokens must be at least 1, got 0"),
+])
+def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, capsys):
+    assert ask.main([*arguments, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert re.match(message, err) and err.count("\n") == 1
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as done:
+        ask.main(["--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("--budget", "--keep", "--rank", "--dense", "--model", "--seed"))
+
+
+def test_ctrl_c_ends_cleanly(monkeypatch, capsys):
+    monkeypatch.setattr(ask, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert ask.main([]) == 130 and capsys.readouterr().err == "\ninterrupted\n"
