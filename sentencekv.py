@@ -154,25 +154,36 @@ RANKS = {
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
 
 
-def select(scores, first, end, room, width):
+def enough_sentences(first, width):
+    """So many sentences hold `width` tokens whichever they are, as the shortest do: first (B, S + 1) -> int.
+
+    >>> enough_sentences(torch.tensor([[0, 3, 5, 9, 16]]), 6)                               # lengths 3, 2, 4, 7
+    3
+    """
+    length = first.diff(dim=1)
+    shortest = length.masked_fill(length == 0, width).sort(dim=1).values                    # (B, S)
+    return int((shortest.cumsum(1) < width).sum(1).max()) + 1
+
+
+def select(scores, first, end, room, width, k):
     """Whole sentences in descending score until the room is full; the last one is cut (Algorithm 1).
 
     scores (B, H, S); sentence s holds tokens first[s] .. first[s + 1] - 1, first (B, S + 1); only sentences before
-    end (B,) are candidates; room (B,) tokens at most, and never more than `width`. No loop and no ragged tensor: laid
-    end to end, place j of the width belongs to the sentence whose cumulative length first exceeds j.
+    end (B,) are candidates; room (B,) tokens at most, and never more than `width`; the best k sentences must fill it.
+    No loop and no ragged tensor: laid end to end, place j of the width belongs to the sentence whose cumulative length
+    first exceeds j.
     Returns token (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
 
     >>> scores, first = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5, 9]])       # lengths 3, 2, 4
-    >>> token, valid, sentence, taken = select(scores, first, torch.tensor([3]), torch.tensor([4]), 5)
+    >>> token, valid, sentence, taken = select(scores, first, torch.tensor([3]), torch.tensor([4]), 5, 3)
     >>> token[valid].tolist(), sentence.tolist(), taken.tolist()
     ([3, 4, 5, 6], [[[1, 2, 0]]], [[[2, 2, 0]]])
     """
     B, H, S = scores.shape
     far = torch.arange(S, device=first.device) < end[:, None]
-    length = first.diff(dim=1).masked_fill(~far, 0)[:, None].expand(B, H, S)
-    scores = scores.masked_fill(length == 0, float("-inf"))
-    sentence = scores.topk(min(S, width), dim=-1).indices                        # (B, H, k) has one token or more each
-    stop = length.gather(2, sentence).cumsum(-1).clamp(max=room[:, None, None])  # (B, H, k) place after its last token
+    length = first.diff(dim=1).masked_fill(~far, 0)[:, None]                     # (B, 1, S)
+    sentence = scores.masked_fill(length == 0, float("-inf")).topk(k, dim=-1).indices       # (B, H, k)
+    stop = length.expand(B, H, S).gather(2, sentence).cumsum(-1).clamp(max=room[:, None, None])  # (B, H, k) place after its last token
     begin = F.pad(stop[..., :-1], (1, 0))                                        # (B, H, k) place of its first token
     j = torch.arange(width, device=first.device).expand(B, H, width).contiguous()
     owner = torch.searchsorted(stop, j, right=True).clamp(max=stop.shape[-1] - 1)           # (B, H, width)
@@ -343,9 +354,18 @@ class SentenceKV:
             starts[:, sink:], self.ended, self.open = segment(flags, self.ended, self.open, self.max_sentence)
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
         self.current = ids[:, -1]
-        self._make_room(T, ids)
+        # The host knows how many sentences there can be at most. When so many would not fit, it asks the device for the
+        # true number, and while decoding makes room for 63 more: the one sync of a step, in one of 64 steps at most.
+        self.bound += 1
+        ask = T > 1 or self.bound >= self.first.shape[1]
+        if ask:
+            self.bound = int(self.current.max()) + 1
+            self._make_room(max(self.bound, 1) + (63 if T == 1 else 0))
         count = torch.zeros_like(self.first).scatter_add_(1, ids + 1, torch.ones_like(ids))
         self.first += count.cumsum(1)                                            # tokens before each sentence
+        if ask:                                                                  # how many to rank until it asks again
+            enough = self.fetch_slots if self.dropped else enough_sentences(self.first, self.fetch_slots) + 64
+            self.ranked = min(self.first.shape[1] - 1, self.fetch_slots, enough)
         self.queries = torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else torch.zeros_like(self.current)
 
         # far: number of sentences wholly before the recent window, so also the index of the one that the tail starts with.
@@ -373,16 +393,9 @@ class SentenceKV:
         self.first = torch.zeros(B, 1, dtype=torch.long, device=device)          # (B, S + 1)
         self.dropped, self.bound = 0, 0                                          # bound: most sentences there can be
 
-    def _make_room(self, T, ids):
-        """Room for the vectors of all sentences, while decoding in steps of 64.
-
-        The host only knows how many sentences there can be at most; when that many would not fit, it asks the device
-        for the true number and makes room for 63 more: the one sync, every 64 tokens at most.
-        """
-        S, self.bound, more = self.first.shape[1] - 1, self.bound + 1, 0
-        if T > 1 or self.bound > S:
-            self.bound = int(ids.max()) + 1
-            more = max(self.bound, 1) - S + (63 if T == 1 else 0)
+    def _make_room(self, S):
+        """Room for the vectors of S sentences."""
+        more = S - self.first.shape[1] + 1
         if more > 0:
             self.first = torch.cat((self.first, self.first[:, -1:].expand(-1, more)), dim=1)    # unborn: at the end
             for mem in self.layers:
@@ -444,7 +457,8 @@ class SentenceKV:
         mean = (mem.query_sum / self.queries[:, None, None]).to(q.dtype)           # (B, Hq, d)
         query = query_of(q.view(B, H, Hq // H, d), mean.view(B, H, Hq // H, d))  # (B, H, w)
         scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]        # (B, H, S)
-        token, valid, *mem.fetched = select(scores, self._first_slot(layer), self.far, self.room, self.fetch_slots)
+        token, valid, *mem.fetched = select(scores, self._first_slot(layer), self.far, self.room, self.fetch_slots,
+                                             self.ranked)
 
         if self.work is None:
             self.work = kv.new_zeros(len(mem.near) + self.fetch_slots, B, H, 2, d)  # what is attended to, of one layer

@@ -5,7 +5,8 @@
 
 The caches are filled directly with random K and V (reading 128K tokens with exact attention would take long on a CPU
 and is not what is measured). Sentences have 20 tokens on average. All variants take turns; the figures are medians over
-the rounds, with the span of the middle half; the ratio is that of the medians.
+the rounds, with the span of the middle half; the ratio is that of the medians. What SentenceKV does once per step for
+all layers (segmentation, masks) is told apart.
 """
 import argparse
 import platform
@@ -47,7 +48,7 @@ def filled(k, v, device, **settings):
 
 
 def variants(n, device, dtype, budget):
-    """{name: function that does one decode step of one layer on n tokens}."""
+    """{name: (preparation, function that does one decode step of one layer on n tokens)}."""
     k, v = (torch.randn(1, H, n, D, dtype=dtype, device=device) for _ in range(2))
     q = torch.randn(64, 1, H * G, 1, D, dtype=dtype, device=device)                  # another query every time
     new = torch.randn(1, H, 1, D, dtype=dtype, device=device)
@@ -55,38 +56,38 @@ def variants(n, device, dtype, budget):
 
     def sentence_step(cache):
         token = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-        def step():
-            cache.begin(token)
-            return cache.attend(0, q[next(turn) % 64], new, new)
-        return step
+        return lambda: cache.begin(token), lambda: cache.attend(0, q[next(turn) % 64], new, new)
 
     def matmul():
-        folded = q[next(turn) % 64].view(1, H, G, D)
-        return torch.softmax(folded @ k.transpose(2, 3) * D ** -0.5, dim=-1) @ v
+        """As in Meta's and Hugging Face's own code (softmax in float32), but without expanding K and V."""
+        scores = (q[next(turn) % 64].view(1, H, G, D) * D ** -0.5) @ k.transpose(2, 3)              # (1, H, G, n)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype) @ v
+    nothing = lambda: None
+    sdpa = F.scaled_dot_product_attention
     return {
-        "dense, SDPA (GQA)": lambda: F.scaled_dot_product_attention(q[next(turn) % 64], k, v, enable_gqa=True),
-        "dense, SDPA (heads folded)": lambda: F.scaled_dot_product_attention(q[next(turn) % 64].view(1, H, G, D), k, v),
-        "dense, matmul": matmul,
+        "dense, SDPA (GQA)": (nothing, lambda: sdpa(q[next(turn) % 64], k, v, enable_gqa=True)),
+        "dense, SDPA (heads folded)": (nothing, lambda: sdpa(q[next(turn) % 64].view(1, H, G, D), k, v)),
+        "dense, matmul": (nothing, matmul),
         "SentenceKV, mean": sentence_step(filled(k, v, device, budget=budget, rank="mean")),
         "SentenceKV, bounds": sentence_step(filled(k, v, device, budget=budget, rank="bounds")),
     }
 
 
 def measure(steps, rounds, device):
-    """{name: sorted ms}, one step of each in turn."""
+    """{name: sorted ms of the preparation}, {name: sorted ms of the step}; one of each variant in turn."""
+    def timed(f):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
     times = {name: [] for name in steps}
     for r in range(rounds + 3):
-        for name, step in steps.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if r >= 3:                                                               # the first rounds warm up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: sorted(t) for name, t in times.items()}
+        for name, (prepare, step) in steps.items():
+            times[name].append((timed(prepare), timed(step)))
+    return [{name: sorted(t[i] for t in pairs[3:]) for name, pairs in times.items()} for i in (0, 1)]   # 3 to warm up
 
 
 def main():
@@ -102,7 +103,7 @@ def main():
           f"{H * G} query heads, {H} KV heads of {D}, budget {a.budget}, {a.rounds} rounds")
     own = {}
     for n in lengths:
-        times = measure(variants(n, a.device, torch.bfloat16, a.budget), 5 if a.quick else a.rounds, a.device)
+        begin, times = measure(variants(n, a.device, torch.bfloat16, a.budget), 5 if a.quick else a.rounds, a.device)
         medians = {name: statistics.median(t) for name, t in times.items()}
         best = min(m for name, m in medians.items() if name.startswith("dense"))
         print(f"\n{n} tokens")
@@ -110,6 +111,7 @@ def main():
             print(f"  {name:28} {medians[name]:8.2f} ms  ({t[len(t) // 4]:.2f} to {t[3 * len(t) // 4]:.2f})"
                   f"   {best / medians[name]:5.1f} x best dense")
             own.setdefault(name, []).append(medians[name])
+        print(f"  once per step, for all layers: begin() {statistics.median(begin['SentenceKV, bounds']):.2f} ms")
     for name, m in own.items():
         if len(m) > 1:
             print(f"{name:28} {lengths[0]} to {lengths[-1]} tokens: {m[-1] / m[0]:.2f} times as long")
