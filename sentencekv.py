@@ -38,7 +38,6 @@ MAYBE = tuple(".!?…")                 # ends one if white space follows, so th
 CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
 HARD, SOFT, EXTENDER, SPACE = 1, 2, 4, 8
 
-
 def sentence_flags(token_bytes):
     """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
 
@@ -62,7 +61,6 @@ def sentence_flags(token_bytes):
         space = space or extender and bare != text
         flags.append(HARD * hard + SOFT * (maybe and not hard) + EXTENDER * bool(extender) + SPACE * bool(space))
     return torch.tensor(flags, dtype=torch.uint8)
-
 
 def segment(flags, ended, length, cap):
     """Which of T new tokens start a sentence. Bulk and streaming are this one function, with T large or T = 1.
@@ -93,7 +91,6 @@ def segment(flags, ended, length, cap):
     starts = starts | (age % cap == 0)
     return starts, ended[:, -1], age[:, -1] % cap + 1
 
-
 # ---------------------------------------------------------------------------- 2. prefill: what survives, and vectors
 
 def importance(q, k, pool=1):
@@ -112,7 +109,6 @@ def importance(q, k, pool=1):
         alpha += logits.masked_fill(future, float("-inf")).softmax(-1).sum(1)
     return F.max_pool1d(alpha[:, None], pool, stride=1, padding=pool // 2)[:, 0]
 
-
 def survivors(alpha, count, sink, tail):
     """The `count` tokens that keep=r leaves, in order: alpha (B, T), tail (B,) -> (B, count) indices.
 
@@ -123,16 +119,13 @@ def survivors(alpha, count, sink, tail):
     alpha = alpha.masked_fill((t < sink) | (t >= tail[:, None]), float("inf"))
     return alpha.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values    # ties: the earlier
 
-
 def mean_keys(k, ids, S):
     """Eq. 1: the mean key of each sentence. k (N, B, H, d), ids (N, B) in 0..S-1 -> (S, B, H, d)."""
     return reduce_keys(k.float(), ids, S, "mean").to(k.dtype)
 
-
 def key_bounds(k, ids, S):
-    """The largest and the smallest key of each sentence, element by element: -> (S, B, H, 2d). Bounds as in Quest."""
-    return torch.cat((reduce_keys(k, ids, S, "amax"), reduce_keys(k, ids, S, "amin")), dim=-1)
-
+    """The largest k and the largest -k of each sentence, element by element: -> (S, B, H, 2d). Bounds as in Quest."""
+    return reduce_keys(torch.cat((k, -k), dim=-1), ids, S, "amax")
 
 def reduce_keys(k, ids, S, how):
     N, B, H, d = k.shape
@@ -140,19 +133,18 @@ def reduce_keys(k, ids, S, how):
     out = k.new_zeros(S * B, H * d).scatter_reduce_(0, rows, k.reshape(N * B, H * d), how, include_self=False)
     return out.view(S, B, H, d)
 
-
 # ------------------------------------------------------------------------------------- 3. decode: rank and select
 
-# A rule: the width of its vectors as a multiple of d; keys of sentences -> their vectors; and (current query, mean
-# query), both (B, H, G, d) -> what the vectors are multiplied with, (B, H, w). The G query heads of a group share one
-# ranking: their mean is taken. "bounds": no key between min and max has a larger product with q than
-# relu(q) . max - relu(-q) . min (as in Quest). Paper: "mean", qbar . kbar; but a mean washes out the one key that answers.
+# A rule: the width of its vectors as a multiple of d; keys of sentences -> their vectors; and (query q (B, H, G, d),
+# sum of this sentence's queries (B, H, G, d), their number (B,)) -> what the vectors are multiplied with, (B, H, w).
+# The G query heads of a group share one ranking: their mean is taken. "bounds": no key of a sentence has a larger
+# product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). Paper: "mean", qbar . kbar; but a mean is blind
+# to a key that stands out.
 RANKS = {
-    "mean": (1, mean_keys, lambda q, q_mean: q_mean.mean(2)),
-    "bounds": (2, key_bounds, lambda q, q_mean: torch.cat((q.relu().mean(2), -(-q).relu().mean(2)), dim=-1)),
+    "mean": (1, mean_keys, lambda q, total, n: (total.mean(2) / n[:, None, None]).to(q.dtype)),
+    "bounds": (2, key_bounds, lambda q, total, n: torch.cat((q, -q), dim=-1).relu().mean(2)),
 }
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
-
 
 def enough_sentences(first, width):
     """So many sentences hold `width` tokens whichever they are, as the shortest do: first (B, S + 1) -> int.
@@ -163,7 +155,6 @@ def enough_sentences(first, width):
     length = first.diff(dim=1)
     shortest = length.masked_fill(length == 0, width).sort(dim=1).values                    # (B, S)
     return int((shortest.cumsum(1) < width).sum(1).max()) + 1
-
 
 def select(scores, first, end, room, width, k):
     """Whole sentences in descending score until the room is full; the last one is cut (Algorithm 1).
@@ -183,13 +174,12 @@ def select(scores, first, end, room, width, k):
     far = torch.arange(S, device=first.device) < end[:, None]
     length = first.diff(dim=1).masked_fill(~far, 0)[:, None]                     # (B, 1, S)
     sentence = scores.masked_fill(length == 0, float("-inf")).topk(k, dim=-1).indices       # (B, H, k)
-    stop = length.expand(B, H, S).gather(2, sentence).cumsum(-1).clamp(max=room[:, None, None])  # (B, H, k) place after its last token
-    begin = F.pad(stop[..., :-1], (1, 0))                                        # (B, H, k) place of its first token
+    stop = length.expand(B, H, S).gather(2, sentence).cumsum(-1).clamp(max=room[:, None, None])
+    begin = F.pad(stop[..., :-1], (1, 0))                                        # its places begin .. stop - 1
     j = torch.arange(width, device=first.device).expand(B, H, width).contiguous()
     owner = torch.searchsorted(stop, j, right=True).clamp(max=stop.shape[-1] - 1)           # (B, H, width)
     start = first[:, None].expand(B, H, S + 1).gather(2, sentence)               # (B, H, k) its first token
     return (start - begin).gather(2, owner) + j, j < stop[..., -1:], sentence, stop - begin
-
 
 def attend_causal(q, k, v, step=512):
     """Exact attention of a prompt's T tokens to the N >= T tokens in the cache, of which they are the last.
@@ -205,18 +195,16 @@ def attend_causal(q, k, v, step=512):
                                                   enable_gqa=True))
     return torch.cat(out, dim=2)
 
-
 # ----------------------------------------------------------------------------------------------- 4. the host pool
 
 def device_alias(host, device):
     """A CUDA tensor over the memory of a pinned CPU tensor: kernels that use it read over PCIe. RuntimeError if not."""
     memory = dict(shape=(host.nbytes,), typestr="|u1", data=(host.data_ptr(), False), version=3)
-    owner = SimpleNamespace(__cuda_array_interface__=memory, host=host)          # lives, with host, as long as the alias
+    owner = SimpleNamespace(__cuda_array_interface__=memory, host=host)          # lives as long as the alias
     alias = torch.as_tensor(owner, device=device)
     if alias.data_ptr() != host.data_ptr():
         raise RuntimeError("the pinned memory was copied instead of mapped")
     return alias.view(host.dtype).view(host.shape)
-
 
 def zero_copy_works(device):
     """Try it: what the CPU writes after the alias was made must be what the GPU reads."""
@@ -227,7 +215,6 @@ def zero_copy_works(device):
         return bool((alias == 7).all())
     except (RuntimeError, TypeError, ValueError):
         return False
-
 
 class HostPool:
     """K and V of every kept token in CPU memory, per layer kv[l] (C, B, H, 2, d): token after token, room for C.
@@ -266,7 +253,7 @@ class HostPool:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))          # kv must have been computed,
         with torch.cuda.stream(self.stream):
             target.copy_(kv, non_blocking=True)
-        kv.record_stream(self.stream)                                            # and its memory not be reused too early
+        kv.record_stream(self.stream)                                            # and not be reused too early
 
     def read(self, layer, n):
         """The first n tokens of a layer, on the device: (n, B, H, 2, d)."""
@@ -290,13 +277,11 @@ class HostPool:
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-
 # --------------------------------------------------------------------------------------------------- 5. the cache
 
 def need(condition, message):
     if not condition:
         raise ValueError(message)
-
 
 class SentenceKV:
     """The cache, for a model that calls begin(tokens) once per forward and attend(layer, q, k, v) in every layer.
@@ -317,12 +302,12 @@ class SentenceKV:
 
     def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="bounds",
                  max_sentence=None):
-        max_sentence = min(64, max(budget - sink - recent, 1)) if max_sentence is None else max_sentence
         for name, value, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, 1),
                                    ("window", window, 1), ("pool", pool, 1), ("max_sentence", max_sentence, 1)):
-            need(type(value) is int and value >= least,
+            need(type(value) is int and value >= least or name == "max_sentence" and value is None,
                  f"{name} must be a whole number of at least {least}, got {value!r}")
         room = budget - sink - recent
+        max_sentence = min(64, room) if max_sentence is None else max_sentence
         need(room > 0, f"budget {budget} must exceed sink + recent = {sink + recent}: raise it or lower those")
         need(max_sentence <= room, f"max_sentence {max_sentence} must fit into budget - sink - recent = {room}")
         need(keep is None or type(keep) in (int, float) and 1 <= keep < float("inf"),
@@ -368,19 +353,22 @@ class SentenceKV:
             self.ranked = min(self.first.shape[1] - 1, self.fetch_slots, enough)
         self.queries = torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else torch.zeros_like(self.current)
 
-        # far: number of sentences wholly before the recent window, so also the index of the one that the tail starts with.
-        oldest = torch.full((B, 1), max(self.length - self.recent, 0), device=tokens.device)
+        self._divide(B, tokens.device)
+        return torch.arange(before, self.length, device=tokens.device).expand(B, T)
+
+    def _divide(self, B, device):
+        """What is near and what is far. far: number of sentences wholly before the recent window, so also the index of
+        the one that the tail starts with. Position p lives in entry p % R of the ring."""
+        oldest = torch.full((B, 1), max(self.length - self.recent, 0), device=device)
         self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)[:, 0]       # (B,)
         self.tail, end = self.first.gather(1, torch.stack((self.far, self.far + 1), 1)).unbind(1)    # (B,) of it
-        # Position p lives in entry p % R of the ring: entry e holds the latest position that is e modulo R.
-        last, entry = self.length - 1, torch.arange(self.ring, device=tokens.device)
-        position = last - (last - entry) % self.ring                             # (R,) negative: never written
-        sink = torch.arange(self.sink, device=tokens.device) < self.length
+        last, entry = self.length - 1, torch.arange(self.ring, device=device)
+        position = last - (last - entry) % self.ring                             # (R,) latest of each entry; < 0: none
+        sink = torch.arange(self.sink, device=device) < self.length
         self.near_mask = torch.cat((sink.expand(B, -1), position >= self.tail[:, None]), dim=1)     # (B, sink + R)
         outside = (position < self.tail[:, None]) | (position >= end[:, None])   # (B, R) of the oldest sentence there
         self.oldest_ids = outside.long().T                                       # (R, B) 0: in it, 1: not
         self.room = self.budget - self.sink - (self.length - self.tail)          # (B,) tokens that may be fetched
-        return torch.arange(before, self.length, device=tokens.device).expand(B, T)
 
     def _start(self, B, T, device):
         """The state before the first token."""
@@ -388,7 +376,7 @@ class SentenceKV:
              f"the prompt of {T}: lower window, or use keep=None")
         self.flags, self.pool = self.flags.to(device), HostPool(device)
         self.current = torch.full((B,), -1, device=device)                       # (B,) index of the open sentence
-        self.ended, self.open = torch.zeros(2, B, dtype=torch.long, device=device)   # (B,) its state and length: segment
+        self.ended, self.open = torch.zeros(2, B, dtype=torch.long, device=device)   # (B,) see segment
         self.queries = torch.zeros(B, dtype=torch.long, device=device)           # (B,) number of queries in query_sum
         self.first = torch.zeros(B, 1, dtype=torch.long, device=device)          # (B, S + 1)
         self.dropped, self.bound = 0, 0                                          # bound: most sentences there can be
@@ -405,18 +393,18 @@ class SentenceKV:
         """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d)."""
         (B, Hq, T, d), H = q.shape, k.shape[1]
         if layer == len(self.layers):
-            mem = SimpleNamespace(kept_before=None, fetched=None)                        # what one layer keeps on the device
+            mem = SimpleNamespace(kept_before=None, fetched=None)                # what one layer keeps on the device
             mem.near = k.new_zeros(self.sink + self.ring, B, H, 2, d)
             mem.vectors = k.new_zeros(B, H, self.first.shape[1] - 1, self.rank[0] * d)
-            mem.query_sum = torch.zeros(B, Hq, d, device=k.device)                 # float32
+            mem.query_sum = torch.zeros(B, Hq, d, device=k.device)               # float32
             self.layers.append(mem)
         kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4).contiguous()      # (T, B, H, 2, d) as in the pool
         self.pool.reserve(layer, self.length - self.dropped, kv)
         return self._decode(layer, q, kv) if T == 1 else self._prompt(layer, q, kv)
 
     def _first_slot(self, layer):
-        """(B, S + 1) slot of each sentence's first token. A sentence of a pruned prompt starts after the survivors before
-        it, a later one at its position less all that was dropped: each is the larger number of the two."""
+        """(B, S + 1) slot of each sentence's first token. A sentence of a pruned prompt starts after the survivors
+        before it, a later one at its position less all that was dropped: each is the larger number of the two."""
         kept, later = self.layers[layer].kept_before, self.first - self.dropped
         return later if kept is None else torch.maximum(F.pad(kept, (0, later.shape[1] - kept.shape[1])), later)
 
@@ -429,13 +417,13 @@ class SentenceKV:
         if self.prune:
             alpha = importance(q[:, :, -self.window:], keys, self.pool_width)
             kept = survivors(alpha, self.length - self.dropped, self.sink, self.tail)    # (B, count)
-            mem.kept_before = torch.searchsorted(kept, self.first)                       # survivors before each sentence
+            mem.kept_before = torch.searchsorted(kept, self.first)               # survivors before each sentence
             new = kv = kv[kept.T, torch.arange(B, device=q.device)]              # (count, B, H, 2, d)
         self.pool.write(layer, self.slot, new)
         sink, ring = kv[:self.sink], kv[-self.ring:]
         mem.near[:len(sink)] = sink
         entry = torch.arange(self.length - len(ring), self.length, device=q.device) % self.ring
-        mem.near[self.sink + entry] = ring                                         # only the tail of it is ever attended
+        mem.near[self.sink + entry] = ring                                       # only the tail of it is attended to
         slot = torch.arange(len(kv), device=q.device).expand(B, -1).contiguous()
         ids = torch.searchsorted(self._first_slot(layer), slot, right=True)           # (B, N) sentence + 1; sink: 0
         mem.vectors = self.rank[1](kv[..., 0, :], ids.T, S + 1)[1:].permute(1, 2, 0, 3).contiguous()  # (B, H, S, w)
@@ -450,25 +438,25 @@ class SentenceKV:
         if self.length <= self.sink:
             mem.near[self.length - 1] = kv[0]
         # The oldest sentence of the tail gets its vector before it leaves: all its tokens are in the ring.
-        mem.vectors[row, :, self.far] = vectors_of(mem.near[self.sink:, :, :, 0], self.oldest_ids, 2)[0]      # (B, H, w)
+        mem.vectors[row, :, self.far] = vectors_of(mem.near[self.sink:, :, :, 0], self.oldest_ids, 2)[0]  # (B, H, w)
 
         # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
         mem.query_sum = mem.query_sum.masked_fill(self.queries[:, None, None] == 1, 0) + q[:, :, 0].float()
-        mean = (mem.query_sum / self.queries[:, None, None]).to(q.dtype)           # (B, Hq, d)
-        query = query_of(q.view(B, H, Hq // H, d), mean.view(B, H, Hq // H, d))  # (B, H, w)
+        q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
+        query = query_of(q, mem.query_sum.view(q.shape), self.queries)           # (B, H, w)
         scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]        # (B, H, S)
         token, valid, *mem.fetched = select(scores, self._first_slot(layer), self.far, self.room, self.fetch_slots,
                                              self.ranked)
 
         if self.work is None:
             self.work = kv.new_zeros(len(mem.near) + self.fetch_slots, B, H, 2, d)  # what is attended to, of one layer
-        rows = (token.masked_fill(~valid, 0).permute(2, 0, 1) * B + row[:, None]) * H + head         # (slots, B, H)
+        rows = token * (B * H) + row[:, None, None] * H + head[:, None]          # (B, H, slots) in the pool
+        rows = rows.masked_fill(~valid, 0).permute(2, 0, 1).flatten()            # unused: any row, it is masked
         self.work[:len(mem.near)] = mem.near
-        self.pool.fetch(layer, rows.flatten(), self.work[len(mem.near):].view(-1, 2 * d))
+        self.pool.fetch(layer, rows, self.work[len(mem.near):].view(-1, 2 * d))
         self.pool.write(layer, self.slot, kv)                                    # overlaps with the rest of the layer
         keys, values = self.work.permute(3, 1, 2, 0, 4)                          # (B, H, sink + R + slots, d) each
         mask = torch.cat((self.near_mask[:, None].expand(B, H, -1), valid), dim=-1)[:, :, None]
-        q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(B, Hq, 1, d)         # Eq. 3
 
     def fetched(self):
@@ -487,11 +475,9 @@ class SentenceKV:
         return {"device": size(self.flags, self.first, self.work) + sum(layers),
                 "host": size(*self.pool.kv, self.pool.staging) if self.pool else 0}
 
-
 def main():
     from experiments.ask import main  # the command line lives beside the method; see --help
     return main()
-
 
 if __name__ == "__main__":
     raise SystemExit(main())

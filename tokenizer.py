@@ -28,7 +28,6 @@ PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != 32]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {**{chr(b): b for b in PRINTABLE}, **{chr(256 + i): b for i, b in enumerate(OTHERS)}}     # "Ġ" -> 32
 
-
 class Tokenizer:
     """encode, decode and stream; n_vocab, bos_id (or None), stop_ids (a set), token_bytes (None: special or unused)."""
 
@@ -107,7 +106,6 @@ class Tokenizer:
             ids += start + self.encode(m["role"]) + end + self.encode("\n\n" + m["content"].strip()) + eot
         return ids[:-1]
 
-
 def read_model(data):
     """Meta's Llama 3 file: a line of base64 and rank per token (b"IQ== 0": b"!" is 0); 256 special tokens follow."""
     lines = re.findall(rb"(?m)^([A-Za-z\d+/]+=*) (\d{1,9})$", data)
@@ -119,7 +117,6 @@ def read_model(data):
     names = ["begin_of_text", "end_of_text", *spare[:2], "finetune_right_pad_id", spare[2], "start_header_id",
              "end_header_id", "eom_id", "eot_id", "python_tag", *spare[3:]]
     return Tokenizer(LLAMA3, ranks, {f"<|{name}|>": n + i for i, name in enumerate(names)}, {*range(n, n + 256)})
-
 
 def read_json(data):
     """Hugging Face's file: the split pattern, the vocabulary, the merges and the added tokens."""
@@ -154,7 +151,6 @@ def read_json(data):
     check_merges(vocab, merges, model.get("ignore_merges") is True)
     return Tokenizer(pattern, {bytes(map(BYTE_OF.get, token)): i for token, i in vocab.items()}, added,
                      {t["id"] for t in tokens if t["special"]}, bool(nfc))
-
 
 def check_merges(vocab, merges, ignore_merges):
     """Would tiktoken merge as the file says? It has no list of merges: neighbours join if that makes a token, lowest id

@@ -18,7 +18,6 @@ from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 
-
 def parse(argv):
     p = argparse.ArgumentParser(prog="sentencekv.py", description=__doc__.split("\n\n")[0].split(": ", 1)[1],
                                 epilog="Without arguments: a story, three questions, the embedded tiny model.")
@@ -31,7 +30,7 @@ def parse(argv):
     p.add_argument("--dense", action="store_true", help="answer with the dense cache too, to compare")
     p.add_argument("--paper", action="store_true",
                    help="the paper's settings: " + ", ".join(f"{k} {v}" for k, v in PAPER.items()))
-    p.add_argument("--budget", type=int, help="most tokens attended to per step and head (default 1024; story: 384)")
+    p.add_argument("--budget", type=int, help="most tokens attended to per step and head (default 1024; story: 256)")
     p.add_argument("--keep", type=float, help="keep only this times the budget of the prompt's tokens (default: all)")
     p.add_argument("--sink", type=int, help="first tokens, always attended (default 4)")
     p.add_argument("--recent", type=int, help="last tokens, always attended (default 32)")
@@ -42,12 +41,11 @@ def parse(argv):
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0,
                    help="sample from the likeliest tokens that together have this probability (default 1)")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling, and of the story (default 0)")
+    p.add_argument("--seed", type=int, default=8, help="of the sampling, and of the story (default 8)")
     p.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's own")
     p.add_argument("--show", type=int, default=3, metavar="N", help="fetched sentences to show (default 3)")
     return p.parse_args(argv)
-
 
 def progress(what):
     """A counting line on stderr, for what takes more than two seconds."""
@@ -57,7 +55,6 @@ def progress(what):
         if time.perf_counter() - start > 2:
             print(f"\r{what}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
     return report
-
 
 class Watched(SentenceKV):
     """A SentenceKV that notes for its first row what was fetched, and how much attention it got."""
@@ -88,7 +85,6 @@ class Watched(SentenceKV):
             for s in sentence[h][taken[h] > 0].tolist():
                 self.wanted[s] += 1
                 self.attention[s] = max(self.attention[s], float(got[s]))
-
 
 class Conversation:
     """A model, one cache, and the ids that have gone into it, so that fetched sentences can be shown as text."""
@@ -132,20 +128,19 @@ class Conversation:
     def show_fetched(self, n, truth):
         """Print the n sentences that got the most attention of any head at any step."""
         cache = self.cache
+        if n and cache.attention:
+            print("    fetched  attention  (by so many of all layers, heads and steps; the most that one head gave it)")
         for s, attention in cache.attention.most_common(n):
             start, end = cache.first[0, s:s + 2].tolist()
             text = " ".join(self.tokenizer.decode(self.ids[start:end]).split())
-            print(f"    fetched by {cache.wanted[s] / cache.steps:4.0%} of layers, heads and steps, at most "
-                  f"{attention:4.0%} of a head's attention:  {text[:80]}{' ...' if len(text) > 80 else ''}"
-                  f"{'  <- the fact' if truth and text == truth.strip() else ''}")
-
+            print(f"    {cache.wanted[s] / cache.steps:6.0%} {attention:9.0%}    {text[:90]}"
+                  f"{' ...' if len(text) > 90 else ''}{'   <- the fact' if truth and text == truth.strip() else ''}")
 
 def settings(args, story):
     """The keyword settings of SentenceKV: the preset, then what was given on the command line."""
     given = {name: getattr(args, name) for name in ("budget", "keep", "sink", "recent", "window", "pool", "rank")}
     given = {name: value for name, value in given.items() if value is not None}
-    return {**({"budget": 384} if story else {}), **(PAPER if args.paper else {}), **given}
-
+    return {**({"budget": 256} if story else {}), **(PAPER if args.paper else {}), **given}
 
 def prompts(args, tokenizer):
     """-> ids of the long text, [(ids, question, true answer or None)], ids that end an answer."""
@@ -170,7 +165,6 @@ def prompts(args, tokenizer):
         ids, asked = ids[:-1], [(ids[-1:], "", None)]
     return ids, asked, tokenizer.stop_ids | set(tokenizer.encode(ends))
 
-
 def run(args):
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
@@ -188,7 +182,7 @@ def run(args):
 
     print(f"{len(ids)} tokens of text, a Llama of {sum(p.numel() for p in model.parameters()):,} parameters in "
           f"{model.norm.weight.dtype} on {device}, budget {caches['SentenceKV'].budget}\n"
-          f"{' '.join(tokenizer.decode(ids[:60]).split())} ...\n")
+          f"{' '.join(tokenizer.decode(ids[:60]).split())[:110]} ...\n")
     for name, talk in talks.items():
         seconds, bytes_ = talk.read(ids, name), talk.cache.memory()
         print(f"{name:10}  read in {seconds:.2f} s, KV cache: {bytes_['device'] / 1e6:6.2f} MB on the device, "
@@ -200,10 +194,9 @@ def run(args):
             for piece in talk.answer(question_ids, stop):
                 print(piece.replace("\n", "\n    "), end="", flush=True)
             bytes_ = talk.cache.memory()
-            print(f"\n    {'':10}  [{statistics.median(talk.ms):.1f} ms/token, device {bytes_['device'] / 1e6:.2f} MB, "
+            print(f"   [{statistics.median(talk.ms):.1f} ms/token, device {bytes_['device'] / 1e6:.2f} MB, "
                   f"host {bytes_['host'] / 1e6:.2f} MB]")
         talks["SentenceKV"].show_fetched(args.show, truth)
-
 
 def main(argv=None):
     """Returns the exit status: 0; 2, after one line that says why, for settings or files that cannot work; 130 after
@@ -211,6 +204,9 @@ def main(argv=None):
     args = parse(argv)
     try:
         run(args)
+    except BrokenPipeError:                                  # the reader of our output has gone (| head)
+        sys.stderr.close()
+        return 141
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

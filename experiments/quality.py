@@ -29,13 +29,11 @@ RULES = {
     "paper: mean, keep 2, pool 7": dict(rank="mean", keep=2, pool=7),
 }
 
-
 def wilson(p, n, z=1.96):
     """The interval of a share p of n: (low, high)."""
     d = 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     return (p + z * z / (2 * n)) / d - half, (p + z * z / (2 * n)) / d + half
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -56,7 +54,6 @@ def main():
             low, high = wilson(share, a.n)
             print(f"{length:6} tokens  {name:28} {share:.2f}  ({low:.2f} to {high:.2f})  "
                   f"[{time.perf_counter() - start:.0f} s]", flush=True)
-
 
 if __name__ == "__main__":
     main()

@@ -26,14 +26,12 @@ from sentencekv import HARD, SentenceKV
 H, G, D = 8, 4, 128                     # KV heads, query heads per KV head, width of a head: Llama-3.1-8B
 FLAGS = torch.tensor([0, HARD], dtype=torch.uint8)
 
-
 def made_up_tokens(n, seed=0):
     """(1, n) ids; 1 ends a sentence, on average after 20 tokens (8 to 32)."""
     rng, ids = random.Random(seed), []
     while len(ids) < n:
         ids += [0] * rng.randint(7, 31) + [1]
     return torch.tensor([ids[:n]])
-
 
 def filled(k, v, device, **settings):
     """A SentenceKV that holds k and v (1, H, n, d), without the attention that a prompt would cost."""
@@ -45,7 +43,6 @@ def filled(k, v, device, **settings):
     finally:
         sentencekv.attend_causal = exact
     return cache
-
 
 def variants(n, device, dtype, budget):
     """{name: (preparation, function that does one decode step of one layer on n tokens)}."""
@@ -72,7 +69,6 @@ def variants(n, device, dtype, budget):
         "SentenceKV, bounds": sentence_step(filled(k, v, device, budget=budget, rank="bounds")),
     }
 
-
 def measure(steps, rounds, device):
     """{name: sorted ms of the preparation}, {name: sorted ms of the step}; one of each variant in turn."""
     def timed(f):
@@ -88,7 +84,6 @@ def measure(steps, rounds, device):
         for name, (prepare, step) in steps.items():
             times[name].append((timed(prepare), timed(step)))
     return [{name: sorted(t[i] for t in pairs[3:]) for name, pairs in times.items()} for i in (0, 1)]   # 3 to warm up
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -115,7 +110,6 @@ def main():
     for name, m in own.items():
         if len(m) > 1:
             print(f"{name:28} {lengths[0]} to {lengths[-1]} tokens: {m[-1] / m[0]:.2f} times as long")
-
 
 if __name__ == "__main__":
     main()
