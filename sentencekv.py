@@ -425,7 +425,7 @@ class SentenceKV:
         entry = torch.arange(self.length - len(ring), self.length, device=q.device) % self.ring
         mem.near[self.sink + entry] = ring                                       # only the tail of it is attended to
         slot = torch.arange(len(kv), device=q.device).expand(B, -1).contiguous()
-        ids = torch.searchsorted(self._first_slot(layer), slot, right=True)           # (B, N) sentence + 1; sink: 0
+        ids = torch.searchsorted(self._first_slot(layer), slot, right=True)      # (B, N) sentence + 1; sink: 0
         mem.vectors = self.rank[1](kv[..., 0, :], ids.T, S + 1)[1:].permute(1, 2, 0, 3).contiguous()  # (B, H, S, w)
         return out
 
@@ -444,7 +444,7 @@ class SentenceKV:
         mem.query_sum = mem.query_sum.masked_fill(self.queries[:, None, None] == 1, 0) + q[:, :, 0].float()
         q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
         query = query_of(q, mem.query_sum.view(q.shape), self.queries)           # (B, H, w)
-        scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]        # (B, H, S)
+        scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
         token, valid, *mem.fetched = select(scores, self._first_slot(layer), self.far, self.room, self.fetch_slots,
                                              self.ranked)
 
