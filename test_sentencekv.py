@@ -1911,6 +1911,17 @@ def test_the_command_line_answers_from_a_file_and_shows_what_it_fetched(tmp_path
     assert out.count(answer.strip()) >= 2 and "fetched  attention" in out and "MB in host memory" in out
 
 
+def test_the_command_line_speaks_llama_3s_chat_template(tok, tmp_path):
+    (tmp_path / "text.txt").write_text("Bob lives in Oslo.", encoding="utf-8")
+    arguments = ["--prompt-file", str(tmp_path / "text.txt"), "--ask", "Where is Bob?", "--ask", "Why?"]
+    ids, asked, stop = ask.prompts(ask.parse(arguments), tok)
+    first = tok.chat([{"role": "user", "content": "Bob lives in Oslo.\n\nWhere is Bob?"}])
+    assert tok.decode(ids + asked[0][0]) == tok.decode(first) and stop == tok.stop_ids
+    assert tok.decode(asked[1][0]) == tok.decode(tok.chat([{"role": "user", "content": "Why?"}])[1:])
+    ids, asked, _ = ask.prompts(ask.parse([*arguments, "--raw"]), tok)
+    assert tok.decode(ids + asked[0][0]) == "<|begin_of_text|>Bob lives in Oslo. Where is Bob?"
+
+
 def test_a_text_without_a_question_is_continued(tmp_path, capsys):
     text, facts = story(600, facts=4, seed=4)
     (tmp_path / "story.txt").write_text(text + facts[1][0], encoding="utf-8")
@@ -1923,10 +1934,11 @@ def test_a_text_without_a_question_is_continued(tmp_path, capsys):
     (["--prompt-file", "nowhere.txt"], "error: .*nowhere.txt"),
     (["--budget", "20"], r"error: budget 20 must exceed sink \+ recent = 36"),
     (["--temperature", "-1"], "error: temperature must be"),
+    (["--device", "nonsense"], "error: --device nonsense cannot be used"),
     (["--max-new-tokens", "0"], "error: --max-new-tokens must be at least 1, got 0"),
 ])
 def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, capsys):
-    assert ask.main([*arguments, "--device", "cpu"]) == 2
+    assert ask.main(["--device", "cpu", *arguments]) == 2
     err = capsys.readouterr().err
     assert re.match(message, err) and err.count("\n") == 1
 

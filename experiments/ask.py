@@ -157,7 +157,7 @@ def prompts(args, tokenizer):
         asked = [(tokenizer.encode(q if q[:1].isspace() else " " + q), q, truth) for q, truth in asked]
     else:                                                                        # the questions are turns of a chat
         turns = [tokenizer.chat([{"role": "user", "content": q}])[1:] for q, _ in asked]
-        tail = tokenizer.chat([{"role": "user", "content": ""}])[len(tokenizer.chat([])) - 1:]
+        tail = tokenizer.chat([{"role": "user", "content": ""}])[-len(tokenizer.chat([])):]     # its end, our turn's start
         ids = tokenizer.chat([{"role": "user", "content": text}])[:-len(tail)]
         asked = [(t if i else tokenizer.encode("\n\n" + q) + tail, q, truth)
                  for i, (t, (q, truth)) in enumerate(zip(turns, asked))]
@@ -169,6 +169,10 @@ def run(args):
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device} cannot be used: {str(e).splitlines()[0]}")
     tokenizer = Tokenizer.from_dir(args.model)
     model = Llama.from_pretrained(args.model, device=device, dtype=args.dtype and getattr(torch, args.dtype),
                                   progress=progress("loading, tensor"))
