@@ -1,8 +1,8 @@
 """SentenceKV (arXiv 2504.00970, COLM 2025) in one file: a KV cache that is kept as sentences.
 
 A language model's KV cache grows with its context. Here the keys and values wait in CPU memory, cut into sentences.
-The accelerator holds one small semantic vector per sentence; at every decode step each layer ranks the sentences by
-them, fetches the best ones up to a token budget, and attends to those alone.
+The accelerator holds one small semantic vector per sentence, layer and KV head; at every decode step these rank the
+sentences, the best ones up to a token budget are fetched, and attention goes to those, the first and the last tokens.
 
     sink                 | host pool                                  | recent window, rounded out to whole sentences
     first tokens, device | every kept token, CPU; vectors on device   | device: a ring of the last tokens
@@ -97,7 +97,7 @@ def importance(q, k, pool=1):
     """alpha (Sec. 4.1): the attention that each prompt token receives from the last N queries, summed over all heads.
 
     q (B, Hq, N, d) are the queries of the prompt's last N tokens, k (B, H, T, d) all its keys -> (B, T) float32.
-    pool > 1: a max-pool of that width over the tokens first. Paper: only its code pools, with width 7.
+    pool > 1: a max-pool of that width over the tokens first. Paper: no pooling; the authors' code pools, with width 7.
     """
     B, Hq, N, d = q.shape
     H, T = k.shape[1:3]
@@ -175,7 +175,7 @@ def select(scores, first, end, room, width, k):
     length = first.diff(dim=1).masked_fill(~far, 0)[:, None]                     # (B, 1, S)
     sentence = scores.masked_fill(length == 0, float("-inf")).topk(k, dim=-1).indices       # (B, H, k)
     stop = length.expand(B, H, S).gather(2, sentence).cumsum(-1).clamp(max=room[:, None, None])
-    begin = F.pad(stop[..., :-1], (1, 0))                                        # its places begin .. stop - 1
+    begin = F.pad(stop[..., :-1], (1, 0))                                        # (B, H, k) places begin .. stop - 1
     j = torch.arange(width, device=first.device).expand(B, H, width).contiguous()
     owner = torch.searchsorted(stop, j, right=True).clamp(max=stop.shape[-1] - 1)           # (B, H, width)
     start = first[:, None].expand(B, H, S + 1).gather(2, sentence)               # (B, H, k) its first token
@@ -440,6 +440,7 @@ class SentenceKV:
         # The oldest sentence of the tail gets its vector before it leaves: all its tokens are in the ring.
         mem.vectors[row, :, self.far] = vectors_of(mem.near[self.sink:, :, :, 0], self.oldest_ids, 2)[0]  # (B, H, w)
 
+        # The first query of a sentence, or after a prompt, starts the sum anew.
         # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
         mem.query_sum = mem.query_sum.masked_fill(self.queries[:, None, None] == 1, 0) + q[:, :, 0].float()
         q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries

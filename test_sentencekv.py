@@ -1922,6 +1922,20 @@ def test_the_command_line_speaks_llama_3s_chat_template(tok, tmp_path):
     assert tok.decode(ids + asked[0][0]) == "<|begin_of_text|>Bob lives in Oslo. Where is Bob?"
 
 
+def test_a_conversation_reads_every_token_once_the_last_of_each_answer_too(tiny):
+    model, tokenizer, flags = tiny
+    text, facts = story(600, facts=4, seed=4)
+    talk = ask.Conversation(model, tokenizer, ask.Watched(flags, budget=128), ask.parse(["--max-new-tokens", "16"]))
+    talk.read(tokenizer.encode(text, bos=True), "test")
+    said = text
+    for question, answer in facts[:3]:
+        written = "".join(talk.answer(tokenizer.encode(question), set(tokenizer.encode("."))))
+        assert written == answer
+        said += question + written
+    assert tokenizer.decode(talk.ids + talk.unread) == "<|begin_of_text|>" + said
+    assert talk.cache.length == len(talk.ids) and len(talk.unread) == 1
+
+
 def test_a_text_without_a_question_is_continued(tmp_path, capsys):
     text, facts = story(600, facts=4, seed=4)
     (tmp_path / "story.txt").write_text(text + facts[1][0], encoding="utf-8")

@@ -157,7 +157,7 @@ def prompts(args, tokenizer):
         asked = [(tokenizer.encode(q if q[:1].isspace() else " " + q), q, truth) for q, truth in asked]
     else:                                                                        # the questions are turns of a chat
         turns = [tokenizer.chat([{"role": "user", "content": q}])[1:] for q, _ in asked]
-        tail = tokenizer.chat([{"role": "user", "content": ""}])[-len(tokenizer.chat([])):]     # its end, our turn's start
+        tail = tokenizer.chat([{"role": "user", "content": ""}])[-len(tokenizer.chat([])):]  # end of turn, next header
         ids = tokenizer.chat([{"role": "user", "content": text}])[:-len(tail)]
         asked = [(t if i else tokenizer.encode("\n\n" + q) + tail, q, truth)
                  for i, (t, (q, truth)) in enumerate(zip(turns, asked))]
