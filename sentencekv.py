@@ -2,14 +2,14 @@
 
 A language model's KV cache grows with its context. Here the keys and values wait in CPU memory, cut into sentences.
 The accelerator holds one small semantic vector per sentence, layer and KV head; at every decode step these rank the
-sentences, the best ones up to a token budget are fetched, and attention goes to those, the first and the last tokens.
+sentences, and a token budget is filled: the first tokens (sink), the last ones (recent), then the best sentences.
 
-    sink                 | host pool                                  | recent window, rounded out to whole sentences
-    first tokens, device | every kept token, CPU; vectors on device   | device: a ring of the last tokens
+    sink         | far: whole sentences, reached by their vectors   | tail: recent window, rounded out to sentences
+    always taken | the best are taken until the budget is full      | always taken
 
-Every token takes the same path, whether it came in a prompt or was generated: its K and V go to the host pool at once,
-and stay in the device's ring as well until their sentence has left the recent window. From then on the sentence is
-reached by its vector. So nothing is ever unreachable, and closing a sentence moves no data.
+Every token takes the same path, whether it came in a prompt or was generated: its K and V go to the host pool at once.
+Every step takes the same path, too: one fetch brings all that is attended to, near or far. A sentence that leaves the
+recent window moves no data, only its vector is written. So the device holds vectors, and nothing is ever unreachable.
 
 B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads, G = Hq / H of them share one.
     code               paper     shape                  where
@@ -20,11 +20,13 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
     layer.query_sum    Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
     query              qbar      (B, H, w)              device  their mean (Eq. 2), or what the rule makes of them
     pool.kv[l]         K, V      (C, B, H, 2, d)        host    every kept token: [..., 0, :] keys, [..., 1, :] values
-    layer.near         -         (sink + R, B, H, 2, d) device  the sink, and a ring of the last R tokens
+    work               -         (budget, B, H, 2, d)   device  what one layer attends to in one step
     first              -         (B, S + 1)             device  sentence s is tokens first[s] to first[s + 1] - 1
 A token's *position* counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from
 the paper, and why, is said in place after the word "Paper:".
 """
+import copy
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -36,7 +38,7 @@ from torch.nn.attention.bias import causal_lower_right
 ALWAYS = tuple("。！？｡।॥؟۔።။។")       # ends a sentence whatever follows
 MAYBE = tuple(".!?…")                 # ends one if white space follows, so that 3.14 and example.com stay whole
 CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
-HARD, SOFT, EXTENDER, SPACE = 1, 2, 4, 8
+HARD, SOFT, EXTENDER, SPACE, START = 1, 2, 4, 8, 16                           # START: set by the cache, see _note
 
 def sentence_flags(token_bytes):
     """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
@@ -67,7 +69,7 @@ def segment(flags, ended, length, cap):
 
     flags (B, T): of the new tokens. Carried over from the tokens before: ended (B,) is HARD, SOFT or 0, how the last
     token left its sentence; length (B,) is the length of the open sentence. No sentence grows longer than `cap`.
-    Returns starts (B, T) bool and the new (ended, length).
+    Returns starts (B, T) bool and the new ended.
 
     >>> hello, stop, quote, says, two = 0, SOFT, EXTENDER, SPACE, SPACE         # hello . " says two
     >>> segment(torch.tensor([[hello, stop, quote, says, two]]), torch.tensor([0]), torch.tensor([0]), 64)[0].int()
@@ -84,39 +86,43 @@ def segment(flags, ended, length, cap):
     hard = (last_hard >= anchor) | (soft & (last_space > anchor))
     ended = hard * HARD + (soft & ~hard) * SOFT                                  # (B, T + 1) state after each token
     starts = ~extender[:, 1:] & ((ended[:, :-1] == HARD) | ((ended[:, :-1] == SOFT) & space[:, 1:]))
+    starts = starts | ((flags[:, 1:] & START) > 0)
     # age: tokens since the last start by punctuation. A cut at the cap does not reset it, hence the modulus; the first
     # token of all has age 0, and so starts a sentence as well.
     start = t[:, 1:].masked_fill(~starts, 0).cummax(1).values                    # 0: in an earlier call
     age = torch.where(start > 0, t[:, 1:] - start, t[:, :-1] + length[:, None])
     starts = starts | (age % cap == 0)
-    return starts, ended[:, -1], age[:, -1] % cap + 1
+    return starts, ended[:, -1]
 
 # ---------------------------------------------------------------------------- 2. prefill: what survives, and vectors
 
-def importance(q, k, pool=1):
+def importance(q, k, position, pool=1):
     """alpha (Sec. 4.1): the attention that each prompt token receives from the last N queries, summed over all heads.
 
-    q (B, Hq, N, d) are the queries of the prompt's last N tokens, k (B, H, T, d) all its keys -> (B, T) float32.
-    pool > 1: a max-pool of that width over the tokens first. Paper: no pooling; the authors' code pools, with width 7.
+    q (B, Hq, N, d) are the queries of the prompt's last N tokens, position (B, N) where those stand, k (B, H, T, d) all
+    its keys -> (B, T) float32. pool > 1: a max-pool of that width over the tokens first. Paper: no pooling; the
+    authors' code pools, with width 7.
     """
     B, Hq, N, d = q.shape
     H, T = k.shape[1:3]
     q = q.reshape(B, H, Hq // H * N, d)                                          # G * N queries per KV head
-    future = torch.ones(N, T, dtype=torch.bool, device=q.device).triu(T - N + 1).repeat(Hq // H, 1)     # (G * N, T)
+    future = torch.arange(T, device=q.device) > position[:, :, None]             # (B, N, T)
+    future = future.repeat(1, Hq // H, 1)                                        # (B, G * N, T)
     alpha = torch.zeros(B, T, device=q.device)
     for h in range(H):                                                           # one head at a time: (B, G * N, T)
         logits = (q[:, h] @ k[:, h].transpose(1, 2)).float() * d ** -0.5
         alpha += logits.masked_fill(future, float("-inf")).softmax(-1).sum(1)
     return F.max_pool1d(alpha[:, None], pool, stride=1, padding=pool // 2)[:, 0]
 
-def survivors(alpha, count, sink, tail):
-    """The `count` tokens that keep=r leaves, in order: alpha (B, T), tail (B,) -> (B, count) indices.
+def survivors(alpha, count, sink, tail, length):
+    """The `count` tokens that keep=r leaves, in order: alpha (B, T), tail and length (B,) -> (B, count) indices.
 
-    The first `sink` and those from `tail` on stay on the device, so they come first; then the highest alpha.
+    The first `sink` and those from `tail` on are always attended to, so they come first; then the highest alpha. A row
+    of fewer than `count` tokens keeps all of its own, in front.
     Prompt-wide, not per sentence: a long dull sentence keeps few tokens (paper, A.7).
     """
     t = torch.arange(alpha.shape[1], device=alpha.device)
-    alpha = alpha.masked_fill((t < sink) | (t >= tail[:, None]), float("inf"))
+    alpha = alpha.masked_fill((t < sink) | (t >= tail[:, None]), float("inf")).masked_fill(t >= length[:, None], -1)
     return alpha.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values    # ties: the earlier
 
 def mean_keys(k, ids, S):
@@ -146,51 +152,53 @@ RANKS = {
 }
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
 
-def enough_sentences(first, width):
-    """So many sentences hold `width` tokens whichever they are, as the shortest do: first (B, S + 1) -> int.
+def enough_sentences(length, width):
+    """So many sentences hold `width` tokens whichever they are, as the shortest do: length (B, S) -> int.
 
-    >>> enough_sentences(torch.tensor([[0, 3, 5, 9, 16]]), 6)                               # lengths 3, 2, 4, 7
+    >>> enough_sentences(torch.tensor([[3, 2, 4, 7]]), 6)
     3
     """
-    length = first.diff(dim=1)
-    shortest = length.masked_fill(length == 0, width).sort(dim=1).values                    # (B, S)
+    shortest = length.masked_fill(length == 0, width).sort(dim=1).values         # (B, S)
     return int((shortest.cumsum(1) < width).sum(1).max()) + 1
 
-def select(scores, first, end, room, width, k):
-    """Whole sentences in descending score until the room is full; the last one is cut (Algorithm 1).
+def select(scores, start, length, near, width, k):
+    """Whole sentences in descending score until the budget is full; the last one is cut (Algorithm 1).
 
-    scores (B, H, S); sentence s holds tokens first[s] .. first[s + 1] - 1, first (B, S + 1); only sentences before
-    end (B,) are candidates; room (B,) tokens at most, and never more than `width`; the best k sentences must fill it.
-    No loop and no ragged tensor: laid end to end, place j of the width belongs to the sentence whose cumulative length
-    first exceeds j.
+    scores (B, H, S); sentence s holds the length[b, s] tokens from start[b, s] on; a length of 0: no candidate. There
+    are `width` places, the first near[b] of them are taken; the best k sentences must fill the rest.
+    No loop and no ragged tensor: laid end to end, place j belongs to the sentence whose cumulative length first
+    exceeds j.
     Returns token (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
 
-    >>> scores, first = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5, 9]])       # lengths 3, 2, 4
-    >>> token, valid, sentence, taken = select(scores, first, torch.tensor([3]), torch.tensor([4]), 5, 3)
-    >>> token[valid].tolist(), sentence.tolist(), taken.tolist()
-    ([3, 4, 5, 6], [[[1, 2, 0]]], [[[2, 2, 0]]])
+    >>> scores, start, length = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5]]), torch.tensor([[3, 2, 4]])
+    >>> token, valid, sentence, taken = select(scores, start, length, torch.tensor([1]), 6, 3)
+    >>> token[0, 0, 1:].tolist(), sentence.tolist(), taken.tolist()
+    ([3, 4, 5, 6, 7], [[[1, 2, 0]]], [[[2, 3, 0]]])
     """
-    B, H, S = scores.shape
-    far = torch.arange(S, device=first.device) < end[:, None]
-    length = first.diff(dim=1).masked_fill(~far, 0)[:, None]                     # (B, 1, S)
+    (B, H, S), device = scores.shape, scores.device
+    start, length = start[:, None].expand(B, H, S), length[:, None].expand(B, H, S)
     sentence = scores.masked_fill(length == 0, float("-inf")).topk(k, dim=-1).indices       # (B, H, k)
-    stop = length.expand(B, H, S).gather(2, sentence).cumsum(-1).clamp(max=room[:, None, None])
-    begin = F.pad(stop[..., :-1], (1, 0))                                        # (B, H, k) places begin .. stop - 1
-    j = torch.arange(width, device=first.device).expand(B, H, width).contiguous()
-    owner = torch.searchsorted(stop, j, right=True).clamp(max=stop.shape[-1] - 1)           # (B, H, width)
-    start = first[:, None].expand(B, H, S + 1).gather(2, sentence)               # (B, H, k) its first token
-    return (start - begin).gather(2, owner) + j, j < stop[..., -1:], sentence, stop - begin
+    near = near[:, None, None].expand(B, H, 1)
+    stop = (length.gather(2, sentence).cumsum(-1) + near).clamp(max=width)       # (B, H, k) places begin .. stop - 1
+    begin = torch.cat((near, stop[..., :-1]), dim=-1)
+    j = torch.arange(width, device=device).expand(B, H, width).contiguous()
+    owner = torch.searchsorted(stop, j, right=True).clamp(max=k - 1)             # (B, H, width)
+    return (start.gather(2, sentence) - begin).gather(2, owner) + j, j < stop[..., -1:], sentence, stop - begin
 
-def attend_causal(q, k, v, step=512):
-    """Exact attention of a prompt's T tokens to the N >= T tokens in the cache, of which they are the last.
+def attend_causal(q, k, v, before, step=512):
+    """Exact attention of T new tokens to themselves and all before them, in slices: nothing ever has T * N elements.
 
-    q (B, Hq, T, d), k and v (B, H, N, d) -> (B, Hq, T, d). In slices of queries: nothing ever has T * N elements.
+    q (B, Hq, T, d), k and v (B, H, N, d) -> (B, Hq, T, d); the new tokens of row b follow on its `before[b]` old ones.
     """
-    T, N, out = q.shape[2], k.shape[2], []
+    (B, _, T, _), N, out = q.shape, k.shape[2], []
     for i in range(0, T, step):
         t = min(step, T - i)
-        seen = N - T + i + t                                                     # keys that the last of them sees
-        mask = causal_lower_right(t, seen)
+        if len(set(before)) == 1:
+            seen = before[0] + i + t                                             # keys that the last of them sees
+            mask = causal_lower_right(t, seen)
+        else:
+            seen, last = N, torch.tensor(before, device=q.device)[:, None] + i + torch.arange(t, device=q.device)
+            mask = (torch.arange(N, device=q.device) <= last[:, :, None])[:, None]           # (B, 1, t, N)
         out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :seen], v[:, :, :seen], mask,
                                                   enable_gqa=True))
     return torch.cat(out, dim=2)
@@ -217,60 +225,130 @@ def zero_copy_works(device):
         return False
 
 class HostPool:
-    """K and V of every kept token in CPU memory, per layer kv[l] (C, B, H, 2, d): token after token, room for C.
+    """K and V of every kept token in CPU memory: per layer a list of parts kv[l][i] (C, B, H, 2, d), with room for C.
 
-    On CUDA the memory is pinned (PyTorch rounds pinned blocks up to a power of two), and written on a side stream while
-    the next layer computes. Fetches read it in place (zero copy: no work for the CPU, no sync). Where that cannot be,
-    the CPU gathers into a staging buffer.
+    Slot t of row b lies in the last part that starts at or before it: starts[i] (B,). There is one part, until a fork
+    shares what is there (or it was loaded from a file): shared parts are never written, each branch goes on in its own.
+    On CUDA the memory is pinned (PyTorch rounds pinned blocks up to a power of two); kernels read and write it in place
+    (zero copy: no work for the CPU, no sync), writes on a side stream while the next layer computes. Where that cannot
+    be, the CPU gathers into a staging buffer.
     """
 
     def __init__(self, device):
-        self.device, self.kv, self.seen, self.staging = device, [], [], None     # seen[l]: kv[l] as the device sees it
+        self.device, self.kv, self.seen, self.staging = device, [], [], None     # seen[l][i]: as the device sees it
+        self.starts, self.shared = [torch.zeros(1, dtype=torch.long, device=device)], 0     # so many parts are frozen
+        self.offset = 0                                                          # first slot of the part written to
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.in_place = device.type == "cpu" or self.stream is not None and zero_copy_works(device)
+        self.pinned = self.stream is not None
+        self.in_place = not self.pinned or zero_copy_works(device)
 
     def reserve(self, layer, n, like):
-        """Room for n tokens, with an eighth to spare so that generating rarely copies. like (t, B, H, 2, d)."""
+        """Room for n slots, with an eighth to spare so that generating rarely copies. like (t, B, H, 2, d)."""
         if layer == len(self.kv):
-            self.kv.append(torch.zeros(0, *like.shape[1:], dtype=like.dtype, device="cpu"))
-            self.seen.append(None)
-        if n > len(self.kv[layer]):
-            pinned = self.stream is not None
-            if pinned:
+            self.kv.append([])
+            self.seen.append([])
+        parts, seen = self.kv[layer], self.seen[layer]
+        while len(parts) < len(self.starts):
+            parts.append(torch.zeros(0, *like.shape[1:], dtype=like.dtype, device="cpu"))
+            seen.append(None)
+        n -= self.offset
+        if n > len(parts[-1]):
+            if self.stream is not None:
                 torch.cuda.synchronize(self.device)                              # no kernel uses the old one any more
-            shape = (n + max(64, n // 8), *like.shape[1:])
-            new = torch.zeros(shape, dtype=like.dtype, pin_memory=pinned, device="cpu")
-            new[:len(self.kv[layer])] = self.kv[layer]
-            self.kv[layer] = new
-            self.seen[layer] = device_alias(new, self.device) if pinned and self.in_place else new
+            new = self.allocate((n + max(64, n // 8), *like.shape[1:]), like.dtype)
+            new[:len(parts[-1])] = parts[-1]
+            parts[-1], seen[-1] = new, device_alias(new, self.device) if self.pinned and self.in_place else new
+
+    def allocate(self, shape, dtype):
+        try:
+            return torch.zeros(shape, dtype=dtype, pin_memory=self.pinned, device="cpu")
+        except RuntimeError as e:
+            if not self.pinned:
+                raise MemoryError(f"no host memory for {shape[0]} tokens of a layer: keep fewer (keep=...)") from e
+            warnings.warn("host memory could not be pinned: fetching through pageable memory, which is slower")
+            self.pinned = self.in_place = False
+            return self.allocate(shape, dtype)
 
     def write(self, layer, slot, kv):
-        """Tokens kv (t, B, H, 2, d) from the device to slots slot .. slot + t - 1."""
-        target = self.kv[layer][slot:slot + len(kv)]
-        if self.stream is None:
-            target.copy_(kv)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))          # kv must have been computed,
-        with torch.cuda.stream(self.stream):
-            target.copy_(kv, non_blocking=True)
-        kv.record_stream(self.stream)                                            # and not be reused too early
+        """Tokens kv (t, B, H, 2, d) from the device to slots (t, B)."""
+        (t, B), last = slot.shape, self.kv[layer][-1]
+        rows = ((slot - self.starts[-1]) * B + torch.arange(B, device=slot.device)).flatten()       # (t * B,)
+        kv = kv.reshape(t * B, -1)
+        if not self.in_place:
+            last.view(-1, kv.shape[1]).index_copy_(0, rows.cpu(), kv.cpu())
+        elif self.stream is None:
+            last.view(-1, kv.shape[1]).index_copy_(0, rows, kv)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))      # kv must have been computed,
+            with torch.cuda.stream(self.stream):
+                self.seen[layer][-1].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
+            kv.record_stream(self.stream)                                        # and not be reused too early
+            rows.record_stream(self.stream)
 
     def read(self, layer, n):
-        """The first n tokens of a layer, on the device: (n, B, H, 2, d)."""
+        """The first n slots of a layer, on the device: (n, B, H, 2, d)."""
         self.wait()
-        return self.kv[layer][:n].to(self.device, non_blocking=True)
+        first = self.kv[layer][0]
+        if len(self.starts) == 1:
+            return first[:n].to(self.device, non_blocking=True)
+        out = torch.empty(n, *first.shape[1:], dtype=first.dtype, device=self.device)
+        self.fetch(layer, torch.arange(n, device=self.device)[:, None, None].expand(n, *first.shape[1:3]), out)
+        return out
 
-    def fetch(self, layer, rows, out):
-        """out[i] = row rows[i] of the layer's pool, seen as (C * B * H, 2 * d). rows (n,), out (n, 2 * d): device."""
+    def fetch(self, layer, slot, out):
+        """out[i, b, h] = what is in slot[i, b, h] of row b and head h. slot (n, B, H), out (n, B, H, 2, d): device."""
         self.wait()
+        (_, B, H), parts = slot.shape, self.kv[layer]
+        place = torch.arange(B * H, device=slot.device).view(B, H)
+        if len(parts) == 1:
+            return self.gather(layer, 0, slot * (B * H) + place, out)
+        for i, part in enumerate(parts):
+            if len(part) > 0:
+                here, got = slot - self.starts[i][:, None], torch.empty_like(out)
+                self.gather(layer, i, here.clamp(0, len(part) - 1) * (B * H) + place, got)
+                torch.where((here >= 0)[..., None, None], got, out, out=out)     # later parts win
+
+    def release(self, layer):
+        """Forget a layer."""
+        if self.stream is not None:
+            torch.cuda.synchronize(self.device)
+        self.kv[layer:layer + 1], self.seen[layer:layer + 1] = [[]], [[]]
+
+    def gather(self, layer, i, rows, out):
+        """out (n, B, H, 2, d) = these rows (n, B, H) of a part, seen as (C * B * H, 2 * d)."""
+        rows, out = rows.flatten(), out.view(rows.numel(), -1)
+        width = out.shape[1]
         if self.in_place:
-            torch.index_select(self.seen[layer].view(-1, out.shape[1]), 0, rows, out=out)
+            torch.index_select(self.seen[layer][i].view(-1, width), 0, rows, out=out)
             return
-        if self.staging is None:
-            self.staging = torch.zeros(out.shape, dtype=out.dtype, pin_memory=self.stream is not None, device="cpu")
+        if self.staging is None or self.staging.shape < out.shape or self.staging.dtype != out.dtype:
+            self.staging = self.allocate(out.shape, out.dtype)
         rows = rows.cpu()              # waits for the device, so the last copy from the staging buffer is over as well
-        torch.index_select(self.kv[layer].view(-1, out.shape[1]), 0, rows, out=self.staging)
-        out.copy_(self.staging, non_blocking=True)
+        staging = self.staging[:len(rows)]
+        torch.index_select(self.kv[layer][i].view(-1, width), 0, rows, out=staging)
+        out.copy_(staging, non_blocking=True)
+
+    def fork(self, slots):
+        """A pool that shares all of this one; from slots (B,) on, both write to parts of their own."""
+        twin = copy.copy(self)
+        twin.kv, twin.seen, twin.starts = [*map(list, self.kv)], [*map(list, self.seen)], list(self.starts)
+        for pool in (self, twin):
+            pool.shared, pool.staging = len(pool.starts), None
+            pool.cut(slots)
+        return twin
+
+    def cut(self, slots):
+        """Forget what lies in slots (B,) and after; what is written next goes there."""
+        if self.stream is not None:
+            torch.cuda.synchronize(self.device)                                  # nothing uses what is let go
+        while len(self.starts) > 1 and bool((self.starts[-1] >= slots).all()):   # a part of which nothing is left
+            self.starts.pop()
+        for parts in self.kv + self.seen:
+            del parts[len(self.starts):]
+        if self.shared >= len(self.starts) or bool((self.starts[-1] > slots).any()):
+            self.shared = len(self.starts)
+            self.starts.append(slots.clone())
+        self.offset = int(self.starts[-1].min())
 
     def wait(self):
         """What comes next on the device comes after all writes so far."""
@@ -316,27 +394,58 @@ class SentenceKV:
         need(rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {rank!r}")
         need(isinstance(flags, torch.Tensor) and flags.dtype == torch.uint8 and flags.ndim == 1 and len(flags) > 0,
              "flags must be the (vocabulary,) uint8 tensor that sentence_flags(token_bytes) returns")
-        self.flags = F.pad(flags, (0, 1))                                        # ids beyond the table: plain words
-        self.budget, self.sink, self.recent, self.fetch_slots = budget, sink, recent, room
+        self.settings = dict(budget=budget, keep=keep, sink=sink, recent=recent, window=window, pool=pool, rank=rank,
+                             max_sentence=max_sentence)
+        self.flags = torch.cat((flags, flags.new_tensor([0, EXTENDER])))         # [V]: unknown, a word; [-1]: padding
+        self.budget, self.sink, self.recent, self.max_sentence = budget, sink, recent, max_sentence
         self.keep, self.window, self.pool_width, self.rank = keep, window, pool, RANKS[rank]
-        self.max_sentence, self.ring = max_sentence, recent + max_sentence - 1   # R: the longest that a tail can be
         self.length, self.layers, self.pool, self.first, self.work = 0, [], None, None, None
 
-    def begin(self, tokens):
-        """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T)."""
+    def begin(self, tokens, more=False):
+        """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T).
+
+        Prompts of different length are filled up with -1 on the right. more=True: this prompt goes on in the next call,
+        so keep=r does not judge it yet.
+        """
         B, T = tokens.shape
         if self.length == 0:
-            self._start(B, T, tokens.device)
-        need(B == len(self.current), f"this cache holds {len(self.current)} rows, got tokens for {B}: use a new cache")
-        before, self.length, self.slot = self.length, self.length + T, self.length - self.dropped
-        survive = T if self.keep is None or before else min(T, int(self.keep * self.budget))
-        self.prune, self.dropped = survive < T, self.dropped + T - survive
+            self._start(B, tokens.device)
+        need(B == len(self.lengths), f"this cache holds {len(self.lengths)} rows, got tokens for {B}: use a new cache")
+        self.new = new = (tokens >= 0).sum(1) if T > 1 else 1                    # (B,) real tokens
+        self.slot = self.lengths - self.dropped                                  # (B,) the first of them goes there
+        self.before = self.slot.tolist() if T > 1 else None
+        self.prune = False
+        if self.unjudged and not more:
+            self._judge((self.lengths + new).tolist(), T)
+        if T > 1 or self.length % 64 == 0:
+            self._look()
+        self.text.reserve(0, self.length + T, tokens.T.reshape(T, B, 1, 1, 1))
+        self.text.write(0, self.lengths + torch.arange(T, device=tokens.device)[:, None], tokens.T)
+        self.reach = (max(self.before) if T > 1 else self.slots) + T             # so many slots have to be there
+        positions = self._note(tokens, new)
+        self.slots = int((self.lengths - self.dropped).max()) if T > 1 else self.slots + 1
+        return positions
 
-        sink = min(max(self.sink - before, 0), T)                                # new tokens that belong to the sink
-        starts = torch.zeros(B, T, dtype=torch.bool, device=tokens.device)
-        if sink < T:
-            flags = self.flags[tokens[:, sink:].clamp(max=len(self.flags) - 1)]
-            starts[:, sink:], self.ended, self.open = segment(flags, self.ended, self.open, self.max_sentence)
+    def _judge(self, lengths, T):
+        """The first prompt is complete: will keep=r drop any of it?"""
+        need(min(lengths) >= self.window, f"the observation window of {self.window} tokens is longer than the prompt "
+             f"of {min(lengths)}: lower window, or use keep=None")
+        survive = int(self.keep * self.budget)
+        need(T > 1 or max(lengths) <= survive, "with keep=r the last piece of a prompt must have more than one token")
+        self.prune, self.unjudged = max(lengths) > survive, False
+        if self.prune:
+            self.prompt = torch.tensor(lengths, device=self.lengths.device)      # (B,) what was pruned
+            self.dropped = (self.prompt - survive).clamp(min=0)
+    def _note(self, tokens, new):
+        """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
+        (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
+        position = self.lengths[:, None] + t                                     # (B, T)
+        flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
+        flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
+        length = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]      # (B,) it is open
+        starts, self.ended = segment(flags, self.ended, length, self.max_sentence)
+        real = t < torch.as_tensor(new, device=tokens.device).view(-1, 1)        # (B or 1, T)
+        starts &= real & (position >= self.sink)
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
         self.current = ids[:, -1]
         # The host knows how many sentences there can be at most. When so many would not fit, it asks the device for the
@@ -345,120 +454,197 @@ class SentenceKV:
         ask = T > 1 or self.bound >= self.first.shape[1]
         if ask:
             self.bound = int(self.current.max()) + 1
-            self._make_room(max(self.bound, 1) + (63 if T == 1 else 0))
-        count = torch.zeros_like(self.first).scatter_add_(1, ids + 1, torch.ones_like(ids))
-        self.first += count.cumsum(1)                                            # tokens before each sentence
-        if ask:                                                                  # how many to rank until it asks again
-            enough = self.fetch_slots if self.dropped else enough_sentences(self.first, self.fetch_slots) + 64
-            self.ranked = min(self.first.shape[1] - 1, self.fetch_slots, enough)
-        self.queries = torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else torch.zeros_like(self.current)
-
-        self._divide(B, tokens.device)
-        return torch.arange(before, self.length, device=tokens.device).expand(B, T)
-
-    def _divide(self, B, device):
-        """What is near and what is far. far: number of sentences wholly before the recent window, so also the index of
-        the one that the tail starts with. Position p lives in entry p % R of the ring."""
-        oldest = torch.full((B, 1), max(self.length - self.recent, 0), device=device)
-        self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)[:, 0]       # (B,)
-        self.tail, end = self.first.gather(1, torch.stack((self.far, self.far + 1), 1)).unbind(1)    # (B,) of it
-        last, entry = self.length - 1, torch.arange(self.ring, device=device)
-        position = last - (last - entry) % self.ring                             # (R,) latest of each entry; < 0: none
-        sink = torch.arange(self.sink, device=device) < self.length
-        self.near_mask = torch.cat((sink.expand(B, -1), position >= self.tail[:, None]), dim=1)     # (B, sink + R)
-        outside = (position < self.tail[:, None]) | (position >= end[:, None])   # (B, R) of the oldest sentence there
-        self.oldest_ids = outside.long().T                                       # (R, B) 0: in it, 1: not
-        self.room = self.budget - self.sink - (self.length - self.tail)          # (B,) tokens that may be fetched
-
-    def _start(self, B, T, device):
-        """The state before the first token."""
-        need(self.keep is None or T >= self.window, f"the observation window of {self.window} tokens is longer than "
-             f"the prompt of {T}: lower window, or use keep=None")
-        self.flags, self.pool = self.flags.to(device), HostPool(device)
-        self.current = torch.full((B,), -1, device=device)                       # (B,) index of the open sentence
-        self.ended, self.open = torch.zeros(2, B, dtype=torch.long, device=device)   # (B,) see segment
-        self.queries = torch.zeros(B, dtype=torch.long, device=device)           # (B,) number of queries in query_sum
-        self.first = torch.zeros(B, 1, dtype=torch.long, device=device)          # (B, S + 1)
-        self.dropped, self.bound = 0, 0                                          # bound: most sentences there can be
-
-    def _make_room(self, S):
-        """Room for the vectors of S sentences."""
-        more = S - self.first.shape[1] + 1
-        if more > 0:
-            self.first = torch.cat((self.first, self.first[:, -1:].expand(-1, more)), dim=1)    # unborn: at the end
+            more = max(self.bound, 1) + (63 if T == 1 else 0) + 1 - self.first.shape[1]
+            unborn = self.first[:, -1:].expand(-1, max(more, 0))                 # sentences start after the last token
+            self.first = torch.cat((self.first, unborn), dim=1)
             for mem in self.layers:
-                mem.vectors = F.pad(mem.vectors, (0, 0, 0, more))
+                mem.vectors = F.pad(mem.vectors, (0, 0, 0, max(more, 0)))
+        count = torch.zeros_like(self.first).scatter_add_(1, ids + 1, real.long().expand(B, T))
+        self.first = self.first + count.cumsum(1)                                # tokens before each sentence
+        self.lengths = self.lengths + new
+        self.length = int(self.lengths.max()) if T > 1 else self.length + 1
+        self.queries = torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else torch.zeros_like(self.current)
+        self._divide(ask)
+        return position
+
+    def _divide(self, ask):
+        """What is near (always attended) and what is far (ranked), for the next decode step, in all layers.
+
+        far (B,): number of sentences wholly before the recent window, so also the index of the one that the tail starts
+        with; near (B,): number of tokens in sink and tail, but for the last one, which is not in the pool yet.
+        """
+        device, last = self.lengths.device, self.lengths[:, None] - 1            # (B, 1)
+        oldest = (last + 1 - self.recent).clamp(min=0)
+        far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)          # (B, 1)
+        tail, end = self.first.gather(1, torch.cat((far, far + 1), dim=1)).split(1, dim=1)   # (B, 1) of that sentence
+        j = torch.arange(self.budget - 1, device=device)                         # places of the near tokens
+        position = torch.where(j < self.sink, j, tail + j - self.sink)           # (B, budget - 1)
+        self.near_slot = torch.where(j < self.sink, j, position - self.dropped[:, None])
+        self.near = torch.minimum(last, self.sink + last - tail)[:, 0]
+        self.is_far = torch.arange(self.first.shape[1] - 1, device=device) < far             # (B, S)
+        self.far, self.tail = far[:, 0], tail[:, 0]
+        self.start, self.count = self._slots()
+        # The tail's first sentence is in the places after the sink's, but for the last token, which is added to them.
+        place = position[:, self.sink:self.sink + self.max_sentence]
+        inside = torch.cat((place < torch.minimum(end, last), (tail <= last) & (last < end)), dim=1)
+        self.oldest_ids = 1 - inside.long().T                                    # (max_sentence + 1, B) 0: inside, 1: not
+        if ask:                                                                  # how many to rank until it asks again
+            enough = self.budget if self.prompt is not None else enough_sentences(self.first.diff(), self.budget) + 64
+            self.ranked = min(self.first.shape[1] - 1, self.budget, enough)
+
+    def _start(self, B, device):
+        """The state before the first token."""
+        self.flags, self.pool, self.text = self.flags.to(device), HostPool(device), HostPool(device)     # text: tokens
+        self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
+        self.unjudged, self.prompt, self.slots = self.keep is not None, None, 0  # slots: of the row that has most
+        self.broken = torch.full((), -1, device=device)                          # where NaN came in
+        self._rewind()
+
+    def _rewind(self):
+        """No token seen yet, as far as sentences are concerned."""
+        self.lengths = torch.zeros_like(self.lengths)
+        self.current, self.ended = self.lengths - 1, self.lengths                # (B,) open sentence; see segment
+        self.queries = self.lengths                                              # (B,) number of queries in query_sum
+        self.first = self.lengths[:, None].repeat(1, 1 if self.first is None else self.first.shape[1])   # (B, S + 1)
+        self.bound = 0                                                           # most sentences that there can be
 
     def attend(self, layer, q, k, v):
         """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d)."""
         (B, Hq, T, d), H = q.shape, k.shape[1]
         if layer == len(self.layers):
-            mem = SimpleNamespace(kept_before=None, fetched=None)                # what one layer keeps on the device
-            mem.near = k.new_zeros(self.sink + self.ring, B, H, 2, d)
+            mem = SimpleNamespace(kept_before=None, asked=None, fetched=None)    # what one layer keeps on the device
             mem.vectors = k.new_zeros(B, H, self.first.shape[1] - 1, self.rank[0] * d)
             mem.query_sum = torch.zeros(B, Hq, d, device=k.device)               # float32
             self.layers.append(mem)
         kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4).contiguous()      # (T, B, H, 2, d) as in the pool
-        self.pool.reserve(layer, self.length - self.dropped, kv)
+        self._watch(layer, q, kv)
         return self._decode(layer, q, kv) if T == 1 else self._prompt(layer, q, kv)
 
-    def _first_slot(self, layer):
-        """(B, S + 1) slot of each sentence's first token. A sentence of a pruned prompt starts after the survivors
-        before it, a later one at its position less all that was dropped: each is the larger number of the two."""
-        kept, later = self.layers[layer].kept_before, self.first - self.dropped
-        return later if kept is None else torch.maximum(F.pad(kept, (0, later.shape[1] - kept.shape[1])), later)
+    def _watch(self, layer, *tensors):
+        """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
+        worst = torch.stack([torch.linalg.vector_norm(x, float("inf")).float() for x in tensors]).sum()
+        self.broken = torch.where(worst.isfinite() | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer)
+        if not worst.is_cuda:
+            self._look()
+
+    def _look(self):
+        token, layer = divmod(int(self.broken), 4096)
+        need(token < 0, f"NaN or inf in q, k or v of layer {layer} at or before token {token}: this cache is of no use "
+             "from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
+
+    def _slots(self, kept_before=None):
+        """(B, S + 1) slot of each sentence's first token, and (B, S) number of tokens if it may be fetched, else 0.
+
+        A sentence of a pruned prompt starts after the survivors before it, a later one at its position less all that
+        was dropped: each is the larger number of the two.
+        """
+        start = self.first - self.dropped[:, None]
+        if kept_before is not None:
+            start = torch.maximum(F.pad(kept_before, (0, start.shape[1] - kept_before.shape[1])), start)
+        return start, start.diff().masked_fill(~self.is_far, 0)
 
     def _prompt(self, layer, q, kv):
         """T > 1 tokens: exact attention to everything kept, then sort them into the buffers."""
-        mem, B, S = self.layers[layer], q.shape[0], self.first.shape[1] - 1
-        new, kv = kv, torch.cat((self.pool.read(layer, self.slot), kv)) if self.slot else kv    # (N, B, H, 2, d)
+        mem, (B, _, T, _), S = self.layers[layer], q.shape, self.first.shape[1] - 1
+        row = torch.arange(B, device=q.device)
+        slot = self.slot + torch.arange(T, device=q.device)[:, None]             # (T, B)
+        new = kv
+        if any(self.before):                                                     # what is kept, then the new
+            kv = torch.cat((self.pool.read(layer, max(self.before)), torch.zeros_like(kv)))
+            kv[slot, row] = new
         keys, values = kv.permute(3, 1, 2, 0, 4)                                 # (B, H, N, d) each, views
-        out = attend_causal(q, keys, values)
+        out = attend_causal(q, keys, values, self.before)
+        if self.unjudged or self.prune:
+            mem.asked = self._last_queries(q, mem.asked)
         if self.prune:
-            alpha = importance(q[:, :, -self.window:], keys, self.pool_width)
-            kept = survivors(alpha, self.length - self.dropped, self.sink, self.tail)    # (B, count)
-            mem.kept_before = torch.searchsorted(kept, self.first)               # survivors before each sentence
-            new = kv = kv[kept.T, torch.arange(B, device=q.device)]              # (count, B, H, 2, d)
-        self.pool.write(layer, self.slot, new)
-        sink, ring = kv[:self.sink], kv[-self.ring:]
-        mem.near[:len(sink)] = sink
-        entry = torch.arange(self.length - len(ring), self.length, device=q.device) % self.ring
-        mem.near[self.sink + entry] = ring                                       # only the tail of it is attended to
+            window = self.lengths[:, None] + torch.arange(-self.window, 0, device=q.device)      # (B, window) positions
+            alpha = importance(mem.asked, keys, window, self.pool_width)
+            kept = survivors(alpha, self.slots, self.sink, self.tail, self.lengths)      # (B, slots)
+            mem.kept_before, mem.asked = torch.searchsorted(kept, self.first), None      # survivors before sentence s
+            new = kv = kv[kept.T, row]                                           # (slots, B, H, 2, d)
+            slot = torch.arange(self.slots, device=q.device)[:, None].expand(-1, B)
+            self.pool.release(layer)
+        self.pool.reserve(layer, self.slots if self.prune else self.reach, kv)
+        self.pool.write(layer, slot, new)
+        start, _ = self._slots(mem.kept_before)
         slot = torch.arange(len(kv), device=q.device).expand(B, -1).contiguous()
-        ids = torch.searchsorted(self._first_slot(layer), slot, right=True)      # (B, N) sentence + 1; sink: 0
-        mem.vectors = self.rank[1](kv[..., 0, :], ids.T, S + 1)[1:].permute(1, 2, 0, 3).contiguous()  # (B, H, S, w)
+        ids = torch.searchsorted(start, slot, right=True)                        # (B, N) sentence + 1; padding: S + 1
+        mem.vectors = self.rank[1](kv[..., 0, :], ids.T, S + 2)[1:-1].permute(1, 2, 0, 3).contiguous()    # (B, H, S, w)
         return out
 
-    def _decode(self, layer, q, kv):
-        """One token: rank, fetch, attend to sink + fetched + tail. No loop, and with zero copy no sync."""
-        (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
-        row, head = torch.arange(B, device=q.device), torch.arange(H, device=q.device)
-        _, vectors_of, query_of = self.rank
-        mem.near[self.sink + (self.length - 1) % self.ring] = kv[0]
-        if self.length <= self.sink:
-            mem.near[self.length - 1] = kv[0]
-        # The oldest sentence of the tail gets its vector before it leaves: all its tokens are in the ring.
-        mem.vectors[row, :, self.far] = vectors_of(mem.near[self.sink:, :, :, 0], self.oldest_ids, 2)[0]  # (B, H, w)
+    def _last_queries(self, q, before):
+        """(B, Hq, window, d) of each row's last tokens, of which some may be `before` those of q (B, Hq, T, d)."""
+        at = (self.new[:, None] + torch.arange(-self.window, 0, device=q.device))[:, None, :, None]
+        at = at.expand(*q.shape[:2], -1, q.shape[3])
+        asked = q.gather(2, at.clamp(min=0))
+        if before is None:
+            return asked
+        return torch.where(at < 0, before.gather(2, (at + self.window).clamp(max=self.window - 1)), asked)
 
+    def _decode(self, layer, q, kv):
+        """One token: rank, fetch, attend to sink + tail + fetched + itself. No loop, and with zero copy no sync."""
+        (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
+        _, vectors_of, query_of = self.rank
         # The first query of a sentence, or after a prompt, starts the sum anew.
         # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
         mem.query_sum = mem.query_sum.masked_fill(self.queries[:, None, None] == 1, 0) + q[:, :, 0].float()
         q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
         query = query_of(q, mem.query_sum.view(q.shape), self.queries)           # (B, H, w)
         scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
-        token, valid, *mem.fetched = select(scores, self._first_slot(layer), self.far, self.room, self.fetch_slots,
-                                             self.ranked)
+        start, count = (self.start, self.count) if mem.kept_before is None else self._slots(mem.kept_before)
+        slot, valid, *mem.fetched = select(scores, start[:, :-1], count, self.near, self.budget - 1, self.ranked)
 
         if self.work is None:
-            self.work = kv.new_zeros(len(mem.near) + self.fetch_slots, B, H, 2, d)  # what is attended to, of one layer
-        rows = token * (B * H) + row[:, None, None] * H + head[:, None]          # (B, H, slots) in the pool
-        rows = rows.masked_fill(~valid, 0).permute(2, 0, 1).flatten()            # unused: any row, it is masked
-        self.work[:len(mem.near)] = mem.near
-        self.pool.fetch(layer, rows, self.work[len(mem.near):].view(-1, 2 * d))
-        self.pool.write(layer, self.slot, kv)                                    # overlaps with the rest of the layer
-        keys, values = self.work.permute(3, 1, 2, 0, 4)                          # (B, H, sink + R + slots, d) each
-        mask = torch.cat((self.near_mask[:, None].expand(B, H, -1), valid), dim=-1)[:, :, None]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(B, Hq, 1, d)         # Eq. 3
+            self.work = kv.new_zeros(self.budget, B, H, 2, d)                    # what is attended to, of one layer
+        near = torch.arange(self.budget - 1, device=q.device) < self.near[:, None]           # (B, budget - 1)
+        slot = torch.where(near[:, None], self.near_slot[:, None], slot.masked_fill(~valid, 0))     # unused: any slot
+        self.pool.reserve(layer, self.reach, kv)
+        self.pool.fetch(layer, slot.permute(2, 0, 1), self.work[:-1])
+        self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
+        self.work[-1] = kv[0]
+        keys, values = self.work.permute(3, 1, 2, 0, 4)                          # (B, H, budget, d) each
+        mask = F.pad(valid, (0, 1), value=True)[:, :, None]
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(B, Hq, 1, d)          # Eq. 3
+
+        # The tail's first sentence gets its vector now, before it leaves.
+        oldest = torch.cat((self.work[self.sink:self.sink + self.max_sentence, :, :, 0], kv[..., 0, :]))
+        row = torch.arange(B, device=q.device)
+        mem.vectors[row, :, self.far] = vectors_of(oldest, self.oldest_ids, 2)[0]                # (B, H, w)
+        return out
+
+    def fork(self):
+        """A second cache that goes on from here by itself. It shares the host pool; what is on the device is copied."""
+        need(self.length and not self.unjudged, "fork() and truncate() need a cache that has read a whole prompt")
+        twin = copy.copy(self)
+        twin.pool, twin.text = self.pool.fork(self.lengths - self.dropped), self.text.fork(self.lengths)
+        tensors = lambda mem: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(mem).items()}
+        twin.layers, twin.work = [SimpleNamespace(**tensors(mem)) for mem in self.layers], None
+        return twin
+
+    def truncate(self, lengths):
+        """Forget all but the first `lengths` tokens (one number, or one per row): as if those had been one prompt."""
+        need(self.length and not self.unjudged, "fork() and truncate() need a cache that has read a whole prompt")
+        have = self.lengths.tolist()
+        wanted = [lengths] * len(have) if type(lengths) is int else list(lengths)
+        least = [1] * len(have) if self.prompt is None else self.prompt.tolist()
+        need(len(wanted) == len(have) and all(type(n) is int and a <= n <= b for a, n, b in zip(least, wanted, have)),
+             f"truncate() takes lengths of at least {least} (what keep=r has pruned, it has for good) and at most {have}, "
+             f"got {lengths}")
+        lengths, tokens = torch.tensor(wanted, device=self.lengths.device), self.tokens()[:, :max(wanted)]
+        self.text.cut(lengths)
+        self.pool.cut(lengths - self.dropped)
+        self._replay(tokens, lengths)
+
+    def _replay(self, tokens, lengths):
+        """The state after these tokens (B, T), whose keys and values are in the pool."""
+        self._rewind()
+        self._note(F.pad(tokens, (0, 1)), lengths)                               # never a single token: no decode step
+        self.slots = int((self.lengths - self.dropped).max())
+
+    def tokens(self):
+        """All tokens (B, length) that went in, -1 after the end of a shorter row."""
+        tokens = self.text.read(0, self.length).view(self.length, -1).T
+        return tokens.masked_fill(torch.arange(self.length, device=tokens.device) >= self.lengths[:, None], -1)
 
     def fetched(self):
         """What the last decode step fetched: sentence and taken, (layers, B, H, k) each, the best sentence first.
@@ -470,11 +656,11 @@ class SentenceKV:
         return [torch.stack(x) for x in zip(*(mem.fetched for mem in self.layers))]
 
     def memory(self):
-        """Bytes of all buffers that exist: {"device": ..., "host": ...}."""
+        """Bytes of all buffers that exist: {"device": ..., "host": ...}; a fork counts what it shares as well."""
         size = lambda *tensors: sum(t.nbytes for t in tensors if t is not None)
-        layers = [size(mem.near, mem.vectors, mem.query_sum, mem.kept_before) for mem in self.layers]
-        return {"device": size(self.flags, self.first, self.work) + sum(layers),
-                "host": size(*self.pool.kv, self.pool.staging) if self.pool else 0}
+        layers = [size(mem.vectors, mem.query_sum, mem.kept_before, mem.asked) for mem in self.layers]
+        pools = [size(pool.staging, *sum(pool.kv, [])) for pool in (self.pool, self.text) if pool]
+        return {"device": size(self.flags, self.first, self.work) + sum(layers), "host": sum(pools)}
 
 def main():
     from experiments.ask import main  # the command line lives beside the method; see --help

@@ -72,11 +72,11 @@ class Watched(SentenceKV):
 
     def note(self, q, sentence, taken):
         """q (Hq, d); sentence and taken (H, k), as SentenceKV.fetched() tells them, of one layer."""
-        near, keys = self.near_mask.shape[1], self.work[:, 0, :, 0].transpose(0, 1)          # (H, n, d)
+        near, keys = int(self.near[0]), self.work[:, 0, :, 0].transpose(0, 1)                # (H, budget, d)
         H, n, d = keys.shape
-        seen = torch.arange(n - near, device=q.device) < taken.sum(1, keepdim=True)          # (H, n - near)
-        seen = torch.cat((self.near_mask[:1].expand(H, near), seen), dim=1)                  # (H, n)
-        logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5               # (H, G, n)
+        place = torch.arange(n, device=q.device)                                             # near, fetched, itself last
+        seen = (place < near + taken.sum(1, keepdim=True)) | (place == n - 1)                # (H, budget)
+        logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5               # (H, G, budget)
         weight = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1)[:, near:]         # (H, n - near)
         self.steps += H
         for h in range(H):

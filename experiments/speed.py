@@ -36,7 +36,7 @@ def made_up_tokens(n, seed=0):
 def filled(k, v, device, **settings):
     """A SentenceKV that holds k and v (1, H, n, d), without the attention that a prompt would cost."""
     cache, exact = SentenceKV(FLAGS, **settings), sentencekv.attend_causal
-    sentencekv.attend_causal = lambda q, k, v: q
+    sentencekv.attend_causal = lambda q, k, v, before: q
     try:
         cache.begin(made_up_tokens(k.shape[2]).to(device))
         cache.attend(0, k.new_zeros(1, H * G, 1, D).expand(-1, -1, k.shape[2], -1), k, v)
