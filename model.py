@@ -6,13 +6,14 @@ The model owns no cache. Every layer hands its queries, keys and values to a cac
 output back; whatever the cache does in between (keep all of it, as DenseKV does here, or keep sentences in CPU
 memory, as sentencekv.py does) is none of the model's business. A cache has two methods:
 
-    begin(tokens)            tokens (B, T) that come next -> their positions (B, T); called once per forward
+    begin(tokens)            tokens (B, T) that come next -> their positions (B, T); called once per forward.
+                             Shorter rows of a prompt end with -1; begin(tokens, True): the prompt goes on
     attend(layer, q, k, v)   q (B, Hq, T, d), k and v (B, Hkv, T, d), rotated -> (B, Hq, T, d); once per layer
 
 Shapes: B rows, T new tokens, N tokens in the cache, D model width, Hq query heads, Hkv key-value heads,
 G = Hq / Hkv query heads share one key-value head (GQA), d width of a head, V vocabulary.
 """
-import json, math, os, re
+import json, math, os, re, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,19 +164,30 @@ class Llama(nn.Module):
         demand(tokens.ndim == 2 and 0 not in tokens.shape and tokens.dtype in (torch.int64, torch.int32),
                f"tokens must be int64 of shape (batch, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
         if tokens.device.type == "cpu" or tokens.shape[1] > 1:
-            V = self.config.vocab_size
-            for id in map(int, tokens.aminmax()):
-                demand(0 <= id < V, f"token id {id} is not in the vocabulary of {V}")
+            V, real = self.config.vocab_size, tokens >= 0
+            (low, high), end = map(int, tokens.aminmax()), bool((real[:, 1:] > real[:, :-1]).any())
+            for id in (low, high):
+                demand(-1 <= id < V, f"token id {id} is not in the vocabulary of {V}")
+            demand(bool(real[:, 0].all()) and not end, "-1 is padding: it may only follow after the tokens of a row")
 
     def forward(self, tokens, cache, all_logits=False, progress=None):
-        """tokens (B, T) -> float32 logits of the last position (B, V), or of every position (B, T, V).
+        """tokens (B, T) -> float32 logits of each row's last token (B, V), or of every position (B, T, V).
 
-        `cache` holds what came before; T > 1 is a prompt (or its continuation), T == 1 a decode step.
-        `progress(done, layers)` is called after every layer. Raises ValueError for tokens that cannot be embedded.
+        `cache` holds what came before; T > 1 is a prompt (or its continuation; shorter rows are filled up with -1),
+        T == 1 a decode step. `progress(done, layers)` is called after every layer. Raises ValueError for tokens that
+        cannot be embedded.
         """
         self.check(tokens)
-        positions = cache.begin(tokens)                                         # (B, T)
-        x = self.embed_tokens(tokens)                                           # (B, T, D)
+        return self.compute(tokens, cache, all_logits, progress)
+
+    def compute(self, tokens, cache, all_logits=False, progress=None, more=False):
+        """forward() of tokens that have been checked; a row may hold padding alone, its logits mean nothing."""
+        (B, T), longest = tokens.shape, self.config.max_position_embeddings
+        positions = cache.begin(tokens, True) if more else cache.begin(tokens)  # (B, T)
+        cache.model = self                                                      # whose keys and values it holds
+        if getattr(cache, "length", 0) > longest:
+            warnings.warn(f"the context is longer than the {longest} tokens that this model was made for")
+        x = self.embed_tokens(tokens.clamp(min=0))                              # (B, T, D)
         self.inv_freq = self.inv_freq.to(x.device)                              # moves once, with the model
         angle = positions[:, None, :, None].float() * self.inv_freq             # (B, 1, T, d/2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -183,17 +195,53 @@ class Llama(nn.Module):
             x = block(x, cos, sin, i, cache)
             if progress is not None:
                 progress(i + 1, len(self.layers))
-        x = self.norm(x if all_logits else x[:, -1])                            # (B, T, D) or (B, D)
-        return F.linear(x, (self.lm_head or self.embed_tokens).weight).float()
+        if not all_logits:
+            last = ((tokens >= 0).sum(1) - 1).clamp(min=0) if T > 1 else torch.zeros_like(tokens[:, 0])
+            x = x[torch.arange(B, device=x.device), last]                       # (B, D)
+        return F.linear(self.norm(x), (self.lm_head or self.embed_tokens).weight).float()
+
+    @torch.no_grad()
+    def prefill(self, tokens, cache, chunk=None, progress=None):
+        """Read a prompt (B, T), shorter rows filled up with -1 -> float32 logits of each row's last token (B, V).
+
+        chunk: so many tokens at a time, which bounds the device memory to that of a chunk and of one layer's K and V.
+        `progress(done, total)` is called after every layer of every chunk. MemoryError if it cannot fit.
+        """
+        T, L = tokens.shape[1], len(self.layers)
+        demand(chunk is None or type(chunk) is int and chunk > 1, f"chunk must be a whole number above 1, got {chunk!r}")
+        self.check(tokens)
+        self.check_memory(tokens, cache)
+        cuts = [*range(0, T, chunk or T), T]
+        if len(cuts) > 2 and cuts[-1] - cuts[-2] == 1:                          # a token alone would be a decode step
+            del cuts[-2]
+        logits = None
+        for n, (i, j) in enumerate(zip(cuts, cuts[1:])):
+            report = progress and (lambda done, layers: progress(n * L + done, (len(cuts) - 1) * L))
+            try:
+                new = self.compute(tokens[:, i:j], cache, progress=report, more=j < T)      # (B, V)
+            except torch.cuda.OutOfMemoryError as e:
+                raise MemoryError(f"out of device memory, reading {j - i} tokens at once: set a smaller chunk") from e
+            logits = new if i == 0 else torch.where(tokens[:, i:i + 1] >= 0, new, logits)   # rows that have ended
+        return logits
+
+    def check_memory(self, tokens, cache):
+        """MemoryError before, instead of a crash after, reading tokens (B, T) that host memory cannot hold."""
+        c, weight, free = self.config, self.embed_tokens.weight, available_memory()
+        if hasattr(cache, "to_store") and free is not None:
+            count = cache.to_store(tokens) * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim
+            if count * weight.itemsize > free:
+                raise MemoryError(f"this prompt's cache takes {count * weight.itemsize / 1e9:.1f} GB of host memory, "
+                                  f"{free / 1e9:.1f} are free: shorten it, or let SentenceKV(keep=...) drop some of it")
 
     @torch.no_grad()
     def generate(self, tokens, cache, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop_ids=(),
-                 progress=None):
+                 progress=None, chunk=None):
         """Stream new tokens: yields one (B,) tensor of ids per step. tokens (B, T) is what the cache has not seen.
 
         temperature 0 is greedy; otherwise samples from the smallest set of tokens whose probability reaches top_p.
-        A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends.
-        ValueError, at the first step, for arguments that make no sense.
+        A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends. In the
+        end the cache holds for each row what it would hold had the row been alone: all but the token yielded last.
+        chunk: see prefill. ValueError, at the first step, for arguments that make no sense.
         """
         demand(type(max_new_tokens) is int and max_new_tokens >= 0,
                f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
@@ -204,14 +252,20 @@ class Llama(nn.Module):
         rng = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=tokens.device)
         last = done = torch.zeros(tokens.shape[:1], dtype=torch.bool, device=tokens.device)
-        for step in range(max_new_tokens):
-            logits = self(tokens, cache, progress=progress if step == 0 else None)          # (B, V)
-            last = torch.where(done, last, sample(logits, temperature, top_p, rng))         # (B,)
-            yield last
-            done = done | torch.isin(last, stops)                                           # (B,)
-            if len(stops) and bool(done.all()):
-                return
-            tokens = last[:, None]                                                          # (B, 1)
+        beyond = done.long()                                                                # (B,) read after the end
+        try:
+            for step in range(max_new_tokens):
+                logits = self(tokens, cache) if step else self.prefill(tokens, cache, chunk, progress)      # (B, V)
+                beyond += done
+                last = torch.where(done, last, sample(logits, temperature, top_p, rng))     # (B,)
+                yield last
+                done = done | torch.isin(last, stops)                                       # (B,)
+                if len(stops) and bool(done.all()):
+                    return
+                tokens = last[:, None]                                                      # (B, 1)
+        finally:
+            if len(stops) and bool(beyond.any()):
+                cache.truncate([int(n) - int(m) for n, m in zip(cache.lengths, beyond)])
 
     @classmethod
     def random(cls, shape, device=None, dtype=None, seed=0, **changes):
@@ -253,56 +307,93 @@ def sample(logits, temperature=0.0, top_p=1.0, rng=None):
 
 # ---------------------------------------------------------------------------------------------- the dense cache
 
-def causal_attention(q, k, v, step=512):
-    """Exact attention of T new tokens over N >= T cached ones, the T being the last; GQA without expansion.
+def causal_attention(q, k, v, before, step=512):
+    """Exact attention of T new tokens to themselves and to what is before them; GQA without expansion.
 
-    q (B, Hq, T, d), k and v (B, Hkv, N, d) -> (B, Hq, T, d). Queries go in slices, so that no (T, N) mask or score
-    matrix ever exists. The causal mask is aligned to the lower right: the last query sees every key.
+    q (B, Hq, T, d), k and v (B, Hkv, N, d) -> (B, Hq, T, d); row b has before[b] older tokens, N - T at most. Queries
+    go in slices, so that no (T, N) mask or score matrix ever exists.
     """
-    B, Hq, T, d = q.shape
-    Hkv, N = k.shape[1:3]
+    (B, Hq, T, d), (Hkv, N), even = q.shape, k.shape[1:3], len(set(before)) == 1
+    limit = None if even else torch.tensor(before, device=q.device)[:, None, None, None]    # (B, 1, 1, 1)
+    key = torch.arange(N, device=q.device)
     if T == 1:  # the G query heads of a group become G queries of one head
-        return F.scaled_dot_product_attention(q.reshape(B, Hkv, Hq // Hkv, d), k, v).reshape(B, Hq, 1, d)
+        mask = None if even else key <= limit                                   # (B, 1, 1, N)
+        return F.scaled_dot_product_attention(q.reshape(B, Hkv, Hq // Hkv, d), k, v, mask).reshape(B, Hq, 1, d)
     out = []
     for i in range(0, T, step):
         t = min(step, T - i)
-        end = N - T + i + t                                                     # keys for the slice's last query
+        end = before[0] + i + t if even else N                                  # keys for the slice's last query
+        query = torch.arange(i, i + t, device=q.device)[:, None]
+        mask = causal_lower_right(t, end) if even else key <= limit + query     # (t, end) or (B, 1, t, N)
         out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :end], v[:, :, :end], enable_gqa=True,
-                                                  attn_mask=causal_lower_right(t, end)))    # (B, Hq, t, d)
+                                                  attn_mask=mask))              # (B, Hq, t, d)
     return torch.cat(out, dim=2)                                                # (B, Hq, T, d)
 
 class DenseKV:
     """The plain cache: every key and value stays on the device. Teacher, oracle and yardstick of all others.
 
-    keys, values: per layer (B, Hkv, capacity, d), grown by an eighth when full; `length` tokens of it are in use.
+    keys, values: per layer (B, Hkv, capacity, d), grown by an eighth when full; row b holds `lengths[b]` tokens.
     """
 
     def __init__(self):
-        self.length, self.keys, self.values = 0, [], []
+        self.lengths, self.keys, self.values = [], [], []
 
-    def begin(self, tokens):
-        """Take note of the tokens (B, T) that come next; return their positions (B, T)."""
-        B, T = tokens.shape
-        rows = self.keys[0].shape[0] if self.keys else B
+    @property
+    def length(self):
+        """Tokens in the longest row."""
+        return max(self.lengths, default=0)
+
+    def begin(self, tokens, more=False):
+        """Take note of the tokens (B, T) that come next, -1 after the end of a row; return their positions (B, T)."""
+        (B, T), rows = tokens.shape, len(self.lengths) or len(tokens)
         demand(rows == B, f"this cache holds {rows} rows, got tokens for {B}: use a new cache")
-        self.length += T
-        return torch.arange(self.length - T, self.length, device=tokens.device).expand(B, T)
+        self.before = self.lengths or [0] * B
+        new = [1] * B if T == 1 else (tokens >= 0).sum(1).tolist()
+        self.lengths = [n + t for n, t in zip(self.before, new)]
+        if len(set(self.before)) == 1:
+            return torch.arange(self.before[0], self.before[0] + T, device=tokens.device).expand(B, T)
+        return torch.tensor(self.before, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
 
     def attend(self, layer, q, k, v):
         """Store k and v (B, Hkv, T, d); attention of q (B, Hq, T, d) over all that is stored -> (B, Hq, T, d)."""
-        N, T = self.length, k.shape[2]
+        (B, _, T, _), before = k.shape, self.before
+        N = max(before) + T
         for store, new in ((self.keys, k), (self.values, v)):
             if layer == len(store):
                 store.append(new[:, :, :0])
             if N > store[layer].shape[2]:
-                room = new.new_empty(*new.shape[:2], T + max(64, N // 8), new.shape[3])
+                room = new.new_zeros(*new.shape[:2], T + max(64, N // 8), new.shape[3])
                 store[layer] = torch.cat((store[layer][:, :, :N - T], room), dim=2)         # (B, Hkv, capacity, d)
-            store[layer][:, :, N - T:N] = new
-        return causal_attention(q, self.keys[layer][:, :, :N], self.values[layer][:, :, :N])
+            if len(set(before)) == 1:
+                store[layer][:, :, N - T:N] = new
+            else:
+                for b, n in enumerate(before):
+                    store[layer][b, :, n:n + T] = new[b]
+        return causal_attention(q, self.keys[layer][:, :, :N], self.values[layer][:, :, :N], before)
+
+    def truncate(self, lengths):
+        """Forget all but the first `lengths` tokens: one number, or one per row."""
+        wanted = [lengths] * len(self.lengths) if type(lengths) is int else list(lengths)
+        fits = [type(n) is int and 0 < n <= m for n, m in zip(wanted, self.lengths)]
+        demand(all(fits) and len(wanted) == len(self.lengths),
+               f"truncate() takes lengths from 1 to {self.lengths}, got {lengths}")
+        self.lengths = wanted
+
+    def to_store(self, tokens):
+        """How many tokens (B, T) adds to host memory."""
+        return tokens.numel() if tokens.device.type == "cpu" else 0
 
     def memory(self):
         """Bytes of all buffers: {"device": ..., "host": ...}."""
         return {"device": sum(t.nbytes for t in self.keys + self.values), "host": 0}
+
+def available_memory():
+    """Bytes of host memory that are free for us, or None where Linux's /proc/meminfo is not to be had."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 # -------------------------------------------------------------------------------------------------- the loaders
 # Files come from anywhere and may be damaged or hostile: nothing in them is believed, and no code in them is run.
@@ -334,7 +425,7 @@ def huggingface_name(name):
 
 SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-def read_safetensors(path):
+def read_safetensors(path, dtypes=SAFETENSORS):
     """{name: tensor} of one file, memory-mapped: bytes are read from disk when a tensor is used.
 
     The format: 8 bytes of length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the raw data.
@@ -351,8 +442,8 @@ def read_safetensors(path):
     tensors, spans = {}, []
     for name, entry in header.items():
         with blame(path, name):
-            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS.get(entry["dtype"])
-            demand(dtype, f"has dtype {entry['dtype']!r:.60}, supported are {', '.join(SAFETENSORS)}")
+            (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], dtypes.get(entry["dtype"])
+            demand(dtype, f"has dtype {entry['dtype']!r:.60}, supported are {', '.join(dtypes)}")
             demand(len(shape) <= 8 and all(type(i) is int and 0 <= i < 1 << 48 for i in (begin, end, *shape)),
                    f"has a bad shape {shape!r:.60} or bad offsets {begin!r:.60}, {end!r:.60}")
             demand(end - begin == math.prod(shape) * dtype.itemsize and end <= len(data),

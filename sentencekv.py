@@ -497,7 +497,6 @@ class SentenceKV:
         self.flags, self.pool, self.text = self.flags.to(device), HostPool(device), HostPool(device)     # text: tokens
         self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
         self.unjudged, self.prompt, self.slots = self.keep is not None, None, 0  # slots: of the row that has most
-        self.broken = torch.full((), -1, device=device)                          # where NaN came in
         self._rewind()
 
     def _rewind(self):
@@ -507,18 +506,21 @@ class SentenceKV:
         self.queries = self.lengths                                              # (B,) number of queries in query_sum
         self.first = self.lengths[:, None].repeat(1, 1 if self.first is None else self.first.shape[1])   # (B, S + 1)
         self.bound = 0                                                           # most sentences that there can be
+        self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
     def attend(self, layer, q, k, v):
         """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d)."""
         (B, Hq, T, d), H = q.shape, k.shape[1]
         if layer == len(self.layers):
-            mem = SimpleNamespace(kept_before=None, asked=None, fetched=None)    # what one layer keeps on the device
-            mem.vectors = k.new_zeros(B, H, self.first.shape[1] - 1, self.rank[0] * d)
-            mem.query_sum = torch.zeros(B, Hq, d, device=k.device)               # float32
-            self.layers.append(mem)
+            vectors = k.new_zeros(B, H, self.first.shape[1] - 1, self.rank[0] * d)
+            self.new_layer(vectors, query_sum=torch.zeros(B, Hq, d, device=k.device))        # float32
         kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4).contiguous()      # (T, B, H, 2, d) as in the pool
         self._watch(layer, q, kv)
         return self._decode(layer, q, kv) if T == 1 else self._prompt(layer, q, kv)
+
+    def new_layer(self, vectors, query_sum):
+        """What one layer keeps on the device."""
+        self.layers.append(SimpleNamespace(vectors=vectors, query_sum=query_sum, kept_before=None, asked=None, fetched=None))
 
     def _watch(self, layer, *tensors):
         """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
@@ -630,21 +632,38 @@ class SentenceKV:
         need(len(wanted) == len(have) and all(type(n) is int and a <= n <= b for a, n, b in zip(least, wanted, have)),
              f"truncate() takes lengths of at least {least} (what keep=r has pruned, it has for good) and at most {have}, "
              f"got {lengths}")
-        lengths, tokens = torch.tensor(wanted, device=self.lengths.device), self.tokens()[:, :max(wanted)]
+        lengths = self.lengths = torch.tensor(wanted, device=self.lengths.device)
+        self.length = max(wanted)
         self.text.cut(lengths)
         self.pool.cut(lengths - self.dropped)
-        self._replay(tokens, lengths)
+        self._replay(self.tokens(), lengths)
 
     def _replay(self, tokens, lengths):
         """The state after these tokens (B, T), whose keys and values are in the pool."""
         self._rewind()
-        self._note(F.pad(tokens, (0, 1)), lengths)                               # never a single token: no decode step
+        self._note(F.pad(tokens, (0, 1), value=-1), lengths)                               # never a single token: no decode step
         self.slots = int((self.lengths - self.dropped).max())
+
+    def to_store(self, tokens):
+        """How many of a prompt's tokens (B, T) will be added to host memory."""
+        B, T = tokens.shape
+        return B * (min(T, int(self.keep * self.budget)) if self.keep is not None and self.length == 0 else T)
 
     def tokens(self):
         """All tokens (B, length) that went in, -1 after the end of a shorter row."""
         tokens = self.text.read(0, self.length).view(self.length, -1).T
         return tokens.masked_fill(torch.arange(self.length, device=tokens.device) >= self.lengths[:, None], -1)
+
+    def save(self, path):
+        """Write all of it to one file; a kill at any moment leaves the file as it was, or the new one."""
+        from experiments.cachefile import save
+        save(self, path)
+
+    @classmethod
+    def load(cls, path, model):
+        """The cache that was saved, for the same model; the pool stays on disk until it is used (memory-mapped)."""
+        from experiments.cachefile import load
+        return load(cls, path, model)
 
     def fetched(self):
         """What the last decode step fetched: sentence and taken, (layers, B, H, k) each, the best sentence first.

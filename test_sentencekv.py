@@ -4,6 +4,7 @@ The references here are written the slow, obvious way (loops over tokens, float6
 check. A cache is tested alone, fed with random q, k and v, so that a failure names the line that broke.
 """
 import base64
+import copy
 import doctest
 import inspect
 import itertools
@@ -13,14 +14,16 @@ import os
 import random
 import re
 import struct
+import tempfile
 import time
 import unicodedata
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 import sentencekv
 import tokenizer as T
@@ -730,6 +733,122 @@ def test_nothing_is_overwritten_while_a_copy_is_in_flight():
         assert_close(*(feed.push(length) for feed in feeds), torch.float32)
 
 
+# ------------------------------------------------------------------------------------ 13. a cache that lives on
+
+
+class Masked(DenseKV):
+    """Dense attention, at a decode step masked to masks[layer] (B, H, N): what a small budget should compute."""
+
+    def attend(self, layer, q, k, v):
+        dense = super().attend(layer, q, k, v)
+        if q.shape[2] > 1 or self.masks is None:
+            return dense
+        mask, out = self.masks[layer], torch.empty_like(dense)
+        for b, h in itertools.product(range(q.shape[0]), range(k.shape[1])):
+            group = slice(h * q.shape[1] // k.shape[1], (h + 1) * q.shape[1] // k.shape[1])
+            at = mask[b][h]
+            out[b, group, 0] = plain_attention(q[b, group, 0], self.keys[layer][b, h, at], self.values[layer][b, h, at])
+        return out
+
+
+def toy_model(seed=0, **changes):
+    """Two layers that read the toy vocabulary, in float64."""
+    shape = dict(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=4, max_position_embeddings=4096)
+    return Llama.random("tiny", dtype=torch.float64, seed=seed, **{**shape, **changes})
+
+
+def ragged(rows):
+    """Lists of ids -> (B, T), shorter rows filled up with -1."""
+    T = max(map(len, rows))
+    return torch.tensor([row + [-1] * (T - len(row)) for row in rows])
+
+
+def toy_text(rng, n):
+    return rng.choices(range(6), [3, 6, 1, 0.5, 0.5, 0.5], k=n)
+
+
+class Living(RuleBasedStateMachine):
+    """A SentenceKV and its forks, each beside a dense cache that goes the same way; texts are lists of ids per row."""
+
+    @initialize(seed=st.integers(0, 2**31), B=st.integers(1, 3), covers=st.booleans(), rank=st.sampled_from(["mean", "bounds"]),
+                n=st.integers(1, 40), chunk=st.sampled_from([None, 2, 7]))
+    def read(self, seed, B, covers, rank, n, chunk):
+        self.rng, self.model, self.covers = random.Random(seed), toy_model(seed), covers
+        self.setting = dict(budget=600 if covers else 24, sink=2, recent=5, rank=rank, max_sentence=9)
+        cache, dense, rows = SentenceKV(TOY_FLAGS, **self.setting), Masked(), [[] for _ in range(B)]
+        self.branches, self.folder = [(cache, dense, rows)], tempfile.TemporaryDirectory()
+        self.ask(0, n + 1, chunk)
+
+    def compare(self, branch, tokens, chunk=None):
+        """Read tokens with both; with a small budget the dense cache attends to what SentenceKV says it did."""
+        cache, dense, rows = branch
+        got = self.model.prefill(tokens, cache, chunk)
+        for row, new in zip(rows, tokens.tolist()):
+            row += [id for id in new if id >= 0]
+        dense.masks = self.attended(cache, rows) if tokens.shape[1] == 1 and not self.covers else None
+        assert_close(got, self.model.prefill(tokens, dense))
+        assert cache.tokens().tolist() == ragged(rows).tolist() and cache.lengths.tolist() == dense.lengths
+
+    def attended(self, cache, rows):
+        fetched, masks = fetched_tokens(cache), []
+        plain = Plain(len(rows), 4, 2, 4, 2, 5, 9)
+        plain.tokens = rows
+        for layer in fetched.tolist():
+            masks.append([[plain.near(b) + [i for s, n in enumerate(head) if n
+                                            for i in [j for j, x in enumerate(plain.sentences(b)) if x == s][:n]]
+                           for head in row] for b, row in enumerate(layer)])
+            for at, row in zip(masks[-1], rows):
+                assert all(len(set(head)) == len(head) == min(24, len(row)) for head in at)
+        return masks
+
+    @rule(which=st.integers(0, 9), steps=st.integers(1, 12))
+    def decode(self, which, steps):
+        branch = self.branches[which % len(self.branches)]
+        for _ in range(steps):
+            self.compare(branch, torch.tensor([toy_text(self.rng, 1) for _ in branch[2]]))
+
+    @rule(which=st.integers(0, 9), n=st.integers(2, 30), chunk=st.sampled_from([None, 5]))
+    def ask(self, which, n, chunk):
+        """A prompt, its rows of different lengths."""
+        branch = self.branches[which % len(self.branches)]
+        lengths = [self.rng.randint(1, n) for _ in branch[2]]
+        lengths[self.rng.randrange(len(lengths))] = n
+        self.compare(branch, ragged([toy_text(self.rng, k) for k in lengths]), chunk)
+
+    @precondition(lambda self: len(self.branches) < 4)
+    @rule(which=st.integers(0, 9))
+    def fork(self, which):
+        cache, dense, rows = self.branches[which % len(self.branches)]
+        vars(dense).pop("model", None)                                # which deepcopy would copy as well
+        self.branches.append((cache.fork(), copy.deepcopy(dense), copy.deepcopy(rows)))
+
+    @rule(which=st.integers(0, 9), share=st.floats(0, 1))
+    def truncate(self, which, share):
+        cache, dense, rows = self.branches[which % len(self.branches)]
+        lengths = [max(1, len(row) - int(share * self.rng.random() * len(row))) for row in rows]
+        cache.truncate(lengths)
+        dense.truncate(lengths)
+        for row, n in zip(rows, lengths):
+            del row[n:]
+
+    @rule(which=st.integers(0, 9))
+    def save_and_load(self, which):
+        i = which % len(self.branches)
+        path = Path(self.folder.name) / f"{i}.cache"
+        self.branches[i][0].save(path)
+        self.branches[i] = (SentenceKV.load(path, self.model), *self.branches[i][1:])
+
+    def teardown(self):
+        self.branches.clear()
+        self.folder.cleanup()
+
+
+Living.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=10, phases=(Phase.generate,),
+                                    suppress_health_check=list(HealthCheck))
+TestLiving = Living.TestCase
+
+
 # ------------------------------------------------------------------------------ 9. the model and its loaders
 
 SMALL = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -973,7 +1092,8 @@ def test_dense_cache_long_prompt_in_query_slices():
     (torch.zeros(3, 4, dtype=torch.long), "2 rows, got tokens for 3"), (torch.zeros(2, 1), "float32"),
     (torch.zeros(2, 0, dtype=torch.long), "at least 1"), (torch.zeros(2, dtype=torch.long), "(2,)"),
     (torch.zeros(2, 2, dtype=torch.bool), "bool"), (torch.tensor([[0], [37]]), "37 is not in the vocabulary of 37"),
-    (torch.tensor([[0, 1], [-1, 3]]), "-1 is not")], ids=str)
+    (torch.tensor([[0, 1], [-2, 3]]), "-2 is not"),
+    (torch.tensor([[0, 1], [-1, 3]]), "-1 is padding"), (torch.tensor([[0, -1, 1]] * 2), "-1 is padding")], ids=str)
 def test_tokens_that_cannot_be_are_refused_and_leave_the_cache_alone(tokens, message):
     model, cache = small_model(), DenseKV()
     model(tokens_of(model, 2, 5), cache)

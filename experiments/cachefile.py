@@ -1,0 +1,160 @@
+"""A SentenceKV in a file: safetensors layout, so any reader of that format can look into it.
+
+    tokens (B, N)                the text, -1 after the end of shorter rows: sentences are cut anew from it
+    flags (V,)                   which tokens end sentences
+    queries (B,)                 number of queries in query_sum
+    prompt (B,)                  only after keep=r has pruned: the length of the pruned prompt
+    layer.<l>.kv                 (slots, B, H, 2, d), the host pool
+    layer.<l>.vectors            (B, H, S, w)
+    layer.<l>.query_sum          (B, Hq, d)
+    layer.<l>.kept_before        (B, S' + 1), only after keep=r has pruned
+    sha256 (32,)                 of all bytes of the file before it, and always the last
+
+The header's metadata has the settings, the format's name, and a fingerprint of the model. Nothing in a file is believed:
+it is loaded if its checksum, its shapes and its numbers are right, and refused with one line if not.
+"""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import SAFETENSORS, blame, demand, parse_json, read_safetensors
+
+FORMAT = "sentencekv cache 1"
+DTYPES = {"I64": torch.int64, "F64": torch.float64, **SAFETENSORS, "U8": torch.uint8}       # widest first: aligned
+TENSORS = ("kv", "vectors", "query_sum", "kept_before")
+
+def fingerprint(model):
+    """sha256 (hex) of all parameters' names, shapes, types and of sums of their bits: every weight counts."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        bits = p.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]).flatten()
+        place = torch.arange(1, len(bits) + 1, device=bits.device) if len(bits) < 1 << 16 else 1      # order, if cheap
+        digest.update(f"{name} {[*p.shape]} {p.dtype} {int((bits * place).sum())} {bits[::4093].tolist()}".encode())
+    return digest.hexdigest()
+
+def tensors_of(cache):
+    """{name: CPU tensor} of all that a cache is made of."""
+    S = max(int(cache.current.max()) + 1, 1)                                     # sentences so far
+    tensors = {"tokens": cache.tokens(), "flags": cache.flags[:-2], "queries": cache.queries}
+    if cache.prompt is not None:
+        tensors["prompt"] = cache.prompt
+    for l, mem in enumerate(cache.layers):
+        parts = cache.pool.read(l, cache.slots), mem.vectors[:, :, :S], mem.query_sum, mem.kept_before
+        tensors |= {f"layer.{l}.{name}": t for name, t in zip(TENSORS, parts) if t is not None}
+    return {name: t.cpu() for name, t in tensors.items()}
+
+def save(cache, path):
+    """See SentenceKV.save. ValueError if there is nothing to save."""
+    demand(cache.length and not cache.unjudged and hasattr(cache, "model"), "save() needs a cache that a model has filled")
+    path, names = Path(path), {dtype: name for name, dtype in DTYPES.items()}
+    tensors = tensors_of(cache)
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    header, at = {"__metadata__": {"format": FORMAT, "settings": json.dumps(cache.settings),
+                                   "model": fingerprint(cache.model)}}, 0
+    for name, size in [(n, tensors[n].nbytes) for n in order] + [("sha256", 32)]:
+        dtype, shape = ("U8", [32]) if name == "sha256" else (names[tensors[name].dtype], [*tensors[name].shape])
+        header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}, at + size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest, unfinished = hashlib.sha256(), Path(f"{path}.unfinished")
+    with open(unfinished, "wb") as f:
+        for raw in [len(head).to_bytes(8, "little"), head, *map(raw_bytes, map(tensors.get, order))]:
+            digest.update(raw)
+            f.write(raw)
+        f.write(digest.digest())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(unfinished, path)
+    folder = os.open(path.parent, os.O_RDONLY)                                   # the new name must be on the disk as well
+    os.fsync(folder)
+    os.close(folder)
+
+def raw_bytes(t):
+    """The bytes of a CPU tensor, without a copy if they lie in order."""
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy().data
+
+def load(cls, path, model):
+    """See SentenceKV.load. ValueError names the file and what is wrong with it."""
+    path = Path(path)
+    check_sum(path)
+    tensors = read_safetensors(path, DTYPES)
+    with blame(path), open(path, "rb") as f:
+        metadata = parse_json(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
+        demand(metadata.get("format") == FORMAT, f"is no saved cache of this version ({FORMAT})")
+        demand(metadata.get("model") == fingerprint(model), "was saved with another model, or with other weights or dtype")
+        return assemble(cls, tensors, parse_json(metadata["settings"].encode()), model)
+
+def check_sum(path):
+    """ValueError if the file is not what was once written."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) - 32
+    with blame(path), open(path, "rb") as f:
+        demand(left > 0, "truncated")
+        while left:
+            raw = f.read(min(left, 1 << 24))
+            demand(raw, "truncated while it was read")
+            digest.update(raw)
+            left -= len(raw)
+        demand(f.read() == digest.digest(), "is damaged or cut off: its checksum is wrong")
+
+def assemble(cls, tensors, settings, model):
+    """A cache from tensors of which only the layout is known to be right. ValueError for what cannot be."""
+    c, weight = model.config, model.embed_tokens.weight
+    demand(settings.keys() == cls(torch.zeros(1, dtype=torch.uint8)).settings.keys(), f"settings {settings!r:.200}")
+    cache = cls(tensors["flags"].clone(), **settings)
+    B, N, V = *expect(tensors, "tokens", torch.int64, None, None).shape, c.vocab_size
+    tokens = tensors["tokens"].to(weight.device)
+    real = tokens >= 0
+    demand(bool(real[:, 0].all()) and bool(real.any(0).all()) and not bool((real[:, 1:] > real[:, :-1]).any())
+           and -1 <= int(tokens.min()) and int(tokens.max()) < V, "tokens are no text of this model")
+    cache._start(B, weight.device)
+    cache.unjudged, lengths = False, real.sum(1)
+    if "prompt" in tensors:
+        cache.prompt = expect(tensors, "prompt", torch.int64, B).to(weight.device)
+        survive = int(cache.keep * cache.budget) if cache.keep is not None else 0
+        demand(survive and bool((cache.prompt <= lengths).all()) and int(cache.prompt.min()) >= cache.window
+               and int(cache.prompt.max()) > survive, "prompt does not fit the settings")
+        cache.dropped = (cache.prompt - survive).clamp(min=0)
+    cache._replay(tokens, lengths)
+    cache.text.reserve(0, N, tokens.T.reshape(N, B, 1, 1, 1))
+    cache.text.write(0, torch.arange(N, device=weight.device)[:, None].expand(N, B), tokens.T)
+    for l in range(c.num_hidden_layers):
+        add_layer(cache, {name: tensors.get(f"layer.{l}.{name}") for name in TENSORS}, l, c, weight)
+    if not cache.pool.pinned:                                                    # the file's bytes are only read
+        cache.pool.shared = 1
+        cache.pool.cut(cache.lengths - cache.dropped)
+    cache.queries = expect(tensors, "queries", torch.int64, B).to(weight.device)
+    demand(bool(((cache.queries >= 0) & (cache.queries <= lengths)).all()), "queries cannot be")
+    expected = 4 + (cache.prompt is not None) + c.num_hidden_layers * (3 + (cache.prompt is not None))
+    demand(len(tensors) == expected, f"has {len(tensors)} tensors instead of {expected}")
+    cache.model = model
+    return cache
+
+def expect(tensors, name, dtype, *shape):
+    """The tensor of that name, type and shape (None: any size)."""
+    t = tensors.get(name)
+    demand(t is not None and t.dtype == dtype and t.ndim == len(shape) and t.numel() > 0
+           and all(want in (None, n) for want, n in zip(shape, t.shape)), f"{name} is missing, or of another type or shape")
+    return t
+
+def add_layer(cache, parts, l, c, weight):
+    """Layer l of the cache, from its tensors."""
+    B, S, H, d, device = len(cache.lengths), cache.first.shape[1] - 1, c.num_key_value_heads, c.head_dim, weight.device
+    kv = expect(parts, "kv", weight.dtype, cache.slots, B, H, 2, d)
+    cache.new_layer(expect(parts, "vectors", weight.dtype, B, H, S, cache.rank[0] * d).to(device, copy=True),
+                    expect(parts, "query_sum", torch.float32, B, c.num_attention_heads, d).to(device, copy=True))
+    if cache.prompt is not None:
+        kept = cache.layers[l].kept_before = expect(parts, "kept_before", torch.int64, B, None).to(device, copy=True)
+        limit = (cache.prompt - cache.dropped)[:, None]
+        fits = kept.shape[1] <= S + 1 and bool((kept <= cache.first[:, :kept.shape[1]]).all())
+        demand(fits and bool(((kept >= 0) & (kept <= limit)).all()) and bool((kept.diff() >= 0).all()),
+               f"layer.{l}.kept_before cannot be")
+    if cache.pool.pinned:
+        cache.pool.reserve(l, cache.slots, kv)
+        cache.pool.kv[l][0][:cache.slots] = kv
+    else:
+        cache.pool.kv.append([kv])
+        cache.pool.seen.append([kv])
