@@ -208,7 +208,7 @@ class Llama(nn.Module):
         `progress(done, total)` is called after every layer of every chunk. MemoryError if it cannot fit.
         """
         T, L = tokens.shape[1], len(self.layers)
-        demand(chunk is None or type(chunk) is int and chunk > 1, f"chunk must be a whole number above 1, got {chunk!r}")
+        demand(chunk is None or type(chunk) is int and chunk > 1, f"chunk must be None or 2 at least, got {chunk!r}")
         self.check(tokens)
         self.check_memory(tokens, cache)
         cuts = [*range(0, T, chunk or T), T]

@@ -25,7 +25,6 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
 A token's *position* counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from
 the paper, and why, is said in place after the word "Paper:".
 """
-import copy
 import warnings
 from types import SimpleNamespace
 
@@ -225,39 +224,29 @@ def zero_copy_works(device):
         return False
 
 class HostPool:
-    """K and V of every kept token in CPU memory: per layer a list of parts kv[l][i] (C, B, H, 2, d), with room for C.
+    """K and V of every kept token in CPU memory, per layer kv[l] (C, B, H, 2, d): slot after slot, room for C.
 
-    Slot t of row b lies in the last part that starts at or before it: starts[i] (B,). There is one part, until a fork
-    shares what is there (or it was loaded from a file): shared parts are never written, each branch goes on in its own.
-    On CUDA the memory is pinned (PyTorch rounds pinned blocks up to a power of two); kernels read and write it in place
-    (zero copy: no work for the CPU, no sync), writes on a side stream while the next layer computes. Where that cannot
-    be, the CPU gathers into a staging buffer.
+    On CUDA the memory is pinned (PyTorch rounds pinned blocks up to a power of two), and kernels read and write it in
+    place (zero copy: no work for the CPU, no sync), writes on a side stream while the next layer computes. Where that
+    cannot be, the CPU gathers into a staging buffer.
     """
 
     def __init__(self, device):
-        self.device, self.kv, self.seen, self.staging = device, [], [], None     # seen[l][i]: as the device sees it
-        self.starts, self.shared = [torch.zeros(1, dtype=torch.long, device=device)], 0     # so many parts are frozen
-        self.offset = 0                                                          # first slot of the part written to
+        self.device, self.kv, self.seen, self.staging = device, {}, {}, None     # seen[l]: kv[l] as the device sees it
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pinned = self.stream is not None
         self.in_place = not self.pinned or zero_copy_works(device)
 
     def reserve(self, layer, n, like):
         """Room for n slots, with an eighth to spare so that generating rarely copies. like (t, B, H, 2, d)."""
-        if layer == len(self.kv):
-            self.kv.append([])
-            self.seen.append([])
-        parts, seen = self.kv[layer], self.seen[layer]
-        while len(parts) < len(self.starts):
-            parts.append(torch.zeros(0, *like.shape[1:], dtype=like.dtype, device="cpu"))
-            seen.append(None)
-        n -= self.offset
-        if n > len(parts[-1]):
-            if self.stream is not None:
-                torch.cuda.synchronize(self.device)                              # no kernel uses the old one any more
+        old = self.kv.get(layer)
+        if old is None or n > len(old):
             new = self.allocate((n + max(64, n // 8), *like.shape[1:]), like.dtype)
-            new[:len(parts[-1])] = parts[-1]
-            parts[-1], seen[-1] = new, device_alias(new, self.device) if self.pinned and self.in_place else new
+            if old is not None:
+                self.finish()                                                    # no kernel uses the old one any more
+                new[:len(old)] = old
+            self.kv[layer] = new
+            self.seen[layer] = device_alias(new, self.device) if self.pinned and self.in_place else new
 
     def allocate(self, shape, dtype):
         try:
@@ -271,89 +260,59 @@ class HostPool:
 
     def write(self, layer, slot, kv):
         """Tokens kv (t, B, H, 2, d) from the device to slots (t, B)."""
-        (t, B), last = slot.shape, self.kv[layer][-1]
-        rows = ((slot - self.starts[-1]) * B + torch.arange(B, device=slot.device)).flatten()       # (t * B,)
+        t, B = slot.shape
+        rows = (slot * B + torch.arange(B, device=slot.device)).flatten()        # the pool: (C * B, H * 2 * d)
         kv = kv.reshape(t * B, -1)
         if not self.in_place:
-            last.view(-1, kv.shape[1]).index_copy_(0, rows.cpu(), kv.cpu())
+            self.kv[layer].view(-1, kv.shape[1]).index_copy_(0, rows.cpu(), kv.cpu())
         elif self.stream is None:
-            last.view(-1, kv.shape[1]).index_copy_(0, rows, kv)
+            self.kv[layer].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
         else:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))      # kv must have been computed,
             with torch.cuda.stream(self.stream):
-                self.seen[layer][-1].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
+                self.seen[layer].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
             kv.record_stream(self.stream)                                        # and not be reused too early
             rows.record_stream(self.stream)
 
     def read(self, layer, n):
         """The first n slots of a layer, on the device: (n, B, H, 2, d)."""
         self.wait()
-        first = self.kv[layer][0]
-        if len(self.starts) == 1:
-            return first[:n].to(self.device, non_blocking=True)
-        out = torch.empty(n, *first.shape[1:], dtype=first.dtype, device=self.device)
-        self.fetch(layer, torch.arange(n, device=self.device)[:, None, None].expand(n, *first.shape[1:3]), out)
-        return out
+        return self.kv[layer][:n].to(self.device, non_blocking=True)
 
     def fetch(self, layer, slot, out):
         """out[i, b, h] = what is in slot[i, b, h] of row b and head h. slot (n, B, H), out (n, B, H, 2, d): device."""
         self.wait()
-        (_, B, H), parts = slot.shape, self.kv[layer]
-        place = torch.arange(B * H, device=slot.device).view(B, H)
-        if len(parts) == 1:
-            return self.gather(layer, 0, slot * (B * H) + place, out)
-        for i, part in enumerate(parts):
-            if len(part) > 0:
-                here, got = slot - self.starts[i][:, None], torch.empty_like(out)
-                self.gather(layer, i, here.clamp(0, len(part) - 1) * (B * H) + place, got)
-                torch.where((here >= 0)[..., None, None], got, out, out=out)     # later parts win
-
-    def release(self, layer):
-        """Forget a layer."""
-        if self.stream is not None:
-            torch.cuda.synchronize(self.device)
-        self.kv[layer:layer + 1], self.seen[layer:layer + 1] = [[]], [[]]
-
-    def gather(self, layer, i, rows, out):
-        """out (n, B, H, 2, d) = these rows (n, B, H) of a part, seen as (C * B * H, 2 * d)."""
-        rows, out = rows.flatten(), out.view(rows.numel(), -1)
-        width = out.shape[1]
+        _, B, H = slot.shape
+        rows = (slot * (B * H) + torch.arange(B * H, device=slot.device).view(B, H)).flatten()
+        out = out.view(len(rows), -1)                                            # the pool seen as (C * B * H, 2 * d)
         if self.in_place:
-            torch.index_select(self.seen[layer][i].view(-1, width), 0, rows, out=out)
+            torch.index_select(self.seen[layer].view(-1, out.shape[1]), 0, rows, out=out)
             return
-        if self.staging is None or self.staging.shape < out.shape or self.staging.dtype != out.dtype:
+        if self.staging is None or self.staging.shape < out.shape:
             self.staging = self.allocate(out.shape, out.dtype)
         rows = rows.cpu()              # waits for the device, so the last copy from the staging buffer is over as well
         staging = self.staging[:len(rows)]
-        torch.index_select(self.kv[layer][i].view(-1, width), 0, rows, out=staging)
+        torch.index_select(self.kv[layer].view(-1, out.shape[1]), 0, rows, out=staging)
         out.copy_(staging, non_blocking=True)
 
-    def fork(self, slots):
-        """A pool that shares all of this one; from slots (B,) on, both write to parts of their own."""
-        twin = copy.copy(self)
-        twin.kv, twin.seen, twin.starts = [*map(list, self.kv)], [*map(list, self.seen)], list(self.starts)
-        for pool in (self, twin):
-            pool.shared, pool.staging = len(pool.starts), None
-            pool.cut(slots)
-        return twin
-
     def cut(self, slots):
-        """Forget what lies in slots (B,) and after; what is written next goes there."""
-        if self.stream is not None:
-            torch.cuda.synchronize(self.device)                                  # nothing uses what is let go
-        while len(self.starts) > 1 and bool((self.starts[-1] >= slots).all()):   # a part of which nothing is left
-            self.starts.pop()
-        for parts in self.kv + self.seen:
-            del parts[len(self.starts):]
-        if self.shared >= len(self.starts) or bool((self.starts[-1] > slots).any()):
-            self.shared = len(self.starts)
-            self.starts.append(slots.clone())
-        self.offset = int(self.starts[-1].min())
+        """The pool to go on with when what is in slots (B,) and after is forgotten."""
+        return self
+
+    def release(self, layer):
+        """Give a layer's memory back."""
+        self.finish()
+        self.kv.pop(layer, None), self.seen.pop(layer, None)
 
     def wait(self):
         """What comes next on the device comes after all writes so far."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def finish(self):
+        """The device has done all it was told to."""
+        if self.stream is not None:
+            torch.cuda.synchronize(self.device)
 
 # --------------------------------------------------------------------------------------------------- 5. the cache
 
@@ -487,7 +446,7 @@ class SentenceKV:
         # The tail's first sentence is in the places after the sink's, but for the last token, which is added to them.
         place = position[:, self.sink:self.sink + self.max_sentence]
         inside = torch.cat((place < torch.minimum(end, last), (tail <= last) & (last < end)), dim=1)
-        self.oldest_ids = 1 - inside.long().T                                    # (max_sentence + 1, B) 0: inside, 1: not
+        self.oldest_ids = 1 - inside.long().T                                    # (max_sentence + 1, B) 0: inside
         if ask:                                                                  # how many to rank until it asks again
             enough = self.budget if self.prompt is not None else enough_sentences(self.first.diff(), self.budget) + 64
             self.ranked = min(self.first.shape[1] - 1, self.budget, enough)
@@ -520,7 +479,8 @@ class SentenceKV:
 
     def new_layer(self, vectors, query_sum):
         """What one layer keeps on the device."""
-        self.layers.append(SimpleNamespace(vectors=vectors, query_sum=query_sum, kept_before=None, asked=None, fetched=None))
+        nothing = dict.fromkeys(("kept_before", "asked", "fetched"))
+        self.layers.append(SimpleNamespace(vectors=vectors, query_sum=query_sum, **nothing))
 
     def _watch(self, layer, *tensors):
         """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
@@ -614,34 +574,26 @@ class SentenceKV:
         mem.vectors[row, :, self.far] = vectors_of(oldest, self.oldest_ids, 2)[0]                # (B, H, w)
         return out
 
-    def fork(self):
-        """A second cache that goes on from here by itself. It shares the host pool; what is on the device is copied."""
-        need(self.length and not self.unjudged, "fork() and truncate() need a cache that has read a whole prompt")
-        twin = copy.copy(self)
-        twin.pool, twin.text = self.pool.fork(self.lengths - self.dropped), self.text.fork(self.lengths)
-        tensors = lambda mem: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(mem).items()}
-        twin.layers, twin.work = [SimpleNamespace(**tensors(mem)) for mem in self.layers], None
-        return twin
-
     def truncate(self, lengths):
         """Forget all but the first `lengths` tokens (one number, or one per row): as if those had been one prompt."""
-        need(self.length and not self.unjudged, "fork() and truncate() need a cache that has read a whole prompt")
+        self.whole("truncate()")
         have = self.lengths.tolist()
         wanted = [lengths] * len(have) if type(lengths) is int else list(lengths)
         least = [1] * len(have) if self.prompt is None else self.prompt.tolist()
         need(len(wanted) == len(have) and all(type(n) is int and a <= n <= b for a, n, b in zip(least, wanted, have)),
-             f"truncate() takes lengths of at least {least} (what keep=r has pruned, it has for good) and at most {have}, "
-             f"got {lengths}")
+             f"truncate() takes lengths from {least} (what keep=r has pruned is gone) to {have}, got {lengths}")
         lengths = self.lengths = torch.tensor(wanted, device=self.lengths.device)
         self.length = max(wanted)
-        self.text.cut(lengths)
-        self.pool.cut(lengths - self.dropped)
+        self.text, self.pool = self.text.cut(lengths), self.pool.cut(lengths - self.dropped)
         self._replay(self.tokens(), lengths)
+
+    def whole(self, what):
+        need(self.length and not self.unjudged, f"{what} needs a cache that has read a whole prompt")
 
     def _replay(self, tokens, lengths):
         """The state after these tokens (B, T), whose keys and values are in the pool."""
         self._rewind()
-        self._note(F.pad(tokens, (0, 1), value=-1), lengths)                               # never a single token: no decode step
+        self._note(F.pad(tokens, (0, 1), value=-1), lengths)                     # one at least is padding: a prompt
         self.slots = int((self.lengths - self.dropped).max())
 
     def to_store(self, tokens):
@@ -654,15 +606,20 @@ class SentenceKV:
         tokens = self.text.read(0, self.length).view(self.length, -1).T
         return tokens.masked_fill(torch.arange(self.length, device=tokens.device) >= self.lengths[:, None], -1)
 
+    def fork(self):
+        """A second cache that goes on from here by itself; it shares the host pool, what is on the device is copied."""
+        from experiments.living import fork
+        return fork(self)
+
     def save(self, path):
         """Write all of it to one file; a kill at any moment leaves the file as it was, or the new one."""
-        from experiments.cachefile import save
+        from experiments.living import save
         save(self, path)
 
     @classmethod
     def load(cls, path, model):
-        """The cache that was saved, for the same model; the pool stays on disk until it is used (memory-mapped)."""
-        from experiments.cachefile import load
+        """The cache that was saved, for the same model; its pool stays in the file until it is used (memory-mapped)."""
+        from experiments.living import load
         return load(cls, path, model)
 
     def fetched(self):
@@ -678,7 +635,7 @@ class SentenceKV:
         """Bytes of all buffers that exist: {"device": ..., "host": ...}; a fork counts what it shares as well."""
         size = lambda *tensors: sum(t.nbytes for t in tensors if t is not None)
         layers = [size(mem.vectors, mem.query_sum, mem.kept_before, mem.asked) for mem in self.layers]
-        pools = [size(pool.staging, *sum(pool.kv, [])) for pool in (self.pool, self.text) if pool]
+        pools = [size(pool.staging, *pool.kv.values()) for pool in (self.pool, self.text) if pool]
         return {"device": size(self.flags, self.first, self.work) + sum(layers), "host": sum(pools)}
 
 def main():

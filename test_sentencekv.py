@@ -356,7 +356,7 @@ def test_every_token_is_in_exactly_one_sentence_or_the_sink_and_the_pool_holds_i
         ids = [sum(f <= i for f in first) - 1 for i in range(n)]
         assert ids == feed.plain.sentences(b)
     for l in range(2):
-        pool = feed.cache.pool.kv[l][0][:n].permute(3, 1, 2, 0, 4)       # (2, B, H, n, d)
+        pool = feed.cache.pool.kv[l][:n].permute(3, 1, 2, 0, 4)       # (2, B, H, n, d)
         assert torch.equal(pool[0], feed.k[l]) and torch.equal(pool[1], feed.v[l])
 
 
@@ -396,7 +396,7 @@ def test_keep_r_keeps_exactly_the_most_attended_tokens(seed, heads, B, r, pool, 
                 alpha[i] = math.inf
             kept[l][b] = sorted(sorted(range(T), key=lambda i: -alpha[i])[:count])
             for h in range(feed.H):
-                bits = feed.cache.pool.kv[l][0][:count, b, h, 0]
+                bits = feed.cache.pool.kv[l][:count, b, h, 0]
                 where = [(feed.k[l, b, h] == row).all(-1).nonzero()[0, 0].item() for row in bits]
                 assert where == sorted(where) and len(set(where)) == count       # (sums in another order: no exact ties)
                 assert sorted(alpha[i] for i in where) == pytest.approx(sorted(alpha[i] for i in kept[l][b]))
@@ -524,8 +524,8 @@ def test_memory_is_the_sum_of_all_tensors_that_the_cache_holds():
     def walk(x):
         if isinstance(x, torch.Tensor):
             found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        elif isinstance(x, (list, tuple)):
-            for y in x:
+        elif isinstance(x, (list, tuple, dict)):
+            for y in x.values() if isinstance(x, dict) else x:
                 walk(y)
         elif hasattr(x, "__dict__"):
             walk(list(vars(x).values()))
@@ -648,13 +648,13 @@ def test_the_papers_settings_are_one_preset():
     feed = Feed(0, Hq=2, H=1, **PAPER)
     feed.push(3000)
     feed.push(1)
-    assert len(feed.cache.pool.kv[0][0]) < 2500 and feed.cache.dropped == 3000 - 2048
+    assert len(feed.cache.pool.kv[0]) < 2500 and feed.cache.dropped == 3000 - 2048
 
 
 def test_sentencekv_imports_torch_and_the_standard_library_alone():
     source = (ROOT / "sentencekv.py").read_text()
     modules = re.findall(r"^(?:from|import) (\w+)", source, re.M)
-    assert set(modules) == {"copy", "torch", "types", "warnings"}
+    assert set(modules) == {"torch", "types", "warnings"}
 
 
 # ---------------------------------------------------------------------------------------- 12. the ways to fetch
@@ -699,7 +699,7 @@ def test_cuda_fetches_the_same_sentences_and_bits_as_the_cpu(zero_copy, setting)
         for l in range(3):
             n = feeds[0].cache.length - feeds[0].cache.dropped
             torch.cuda.synchronize()
-            a, b = (feed.cache.pool.kv[l][0][:n] for feed in feeds)
+            a, b = (feed.cache.pool.kv[l][:n] for feed in feeds)
             assert torch.equal(a, b) and b.is_pinned()
     assert torch.equal(*(fetched_tokens(feed.cache) for feed in feeds))
 

@@ -1,4 +1,9 @@
-"""A SentenceKV in a file: safetensors layout, so any reader of that format can look into it.
+"""What lets a SentenceKV live on: branches that share what has been read, and a file to keep it in.
+
+A branch is a pool that goes on from another one: it reads from that, and never writes to it. The pool of a cache that
+was loaded is one as well; what it goes on from is the file, mapped into memory.
+
+The file has safetensors' layout, so any reader of that format can look into it:
 
     tokens (B, N)                the text, -1 after the end of shorter rows: sentences are cut anew from it
     flags (V,)                   which tokens end sentences
@@ -10,18 +15,81 @@
     layer.<l>.kept_before        (B, S' + 1), only after keep=r has pruned
     sha256 (32,)                 of all bytes of the file before it, and always the last
 
-The header's metadata has the settings, the format's name, and a fingerprint of the model. Nothing in a file is believed:
-it is loaded if its checksum, its shapes and its numbers are right, and refused with one line if not.
+The header's metadata has the format's name, the settings, and a fingerprint of the model. Nothing in a file is
+believed: if its checksum, its shapes and its numbers are right it is loaded, and else refused with one line.
 """
+import copy
 import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 from model import SAFETENSORS, blame, demand, parse_json, read_safetensors
+from sentencekv import HostPool
+
+# ------------------------------------------------------------------------------------------------------- branches
+
+class Branch:
+    """A pool (see HostPool) that goes on, from slot start[b] of row b on, where another one stops."""
+
+    def __init__(self, base, start):
+        self.base, self.start, self.own, self.device = base, start, HostPool(base.device), base.device
+        self.offset = int(start.min())
+
+    @property
+    def kv(self):
+        return {**{("base", l): t for l, t in self.base.kv.items()}, **self.own.kv}
+
+    @property
+    def staging(self):
+        return self.own.staging
+
+    def reserve(self, layer, n, like):
+        self.own.reserve(layer, n - self.offset, like)
+
+    def write(self, layer, slot, kv):
+        self.own.write(layer, slot - self.start, kv)
+
+    def fetch(self, layer, slot, out):
+        here = slot - self.start[:, None]                                        # (n, B, H)
+        self.base.fetch(layer, torch.where(here < 0, slot, 0), out)
+        if layer in self.own.kv:
+            own = torch.empty_like(out)
+            self.own.fetch(layer, here.clamp(0, len(self.own.kv[layer]) - 1), own)
+            torch.where((here < 0)[..., None, None], out, own, out=out)
+
+    def read(self, layer, n):
+        first = self.base
+        while isinstance(first, Branch):
+            first = first.base
+        like = first.kv[layer]                                                   # (C, B, H, 2, d)
+        out = torch.empty(n, *like.shape[1:], dtype=like.dtype, device=self.device)
+        self.fetch(layer, torch.arange(n, device=self.device)[:, None, None].expand(n, *like.shape[1:3]), out)
+        return out
+
+    def cut(self, slots):
+        if bool((self.start >= slots).all()):                                    # nothing of our own is left
+            return Branch(self.base, slots)
+        return self if bool((self.start <= slots).all()) else Branch(self, slots)
+
+def fork(cache):
+    """See SentenceKV.fork."""
+    cache.whole("fork()")
+    twin = copy.copy(cache)
+    for name, at in (("pool", cache.lengths - cache.dropped), ("text", cache.lengths)):
+        pool = getattr(cache, name)
+        unused = isinstance(pool, Branch) and torch.equal(pool.start, at)        # nothing was written since
+        base = pool.base if unused else pool
+        setattr(cache, name, Branch(base, at))
+        setattr(twin, name, Branch(base, at))
+    tensors = lambda mem: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(mem).items()}
+    twin.layers, twin.work = [SimpleNamespace(**tensors(mem)) for mem in cache.layers], None
+    return twin
+
+# -------------------------------------------------------------------------------------------------------- the file
 
 FORMAT = "sentencekv cache 1"
 DTYPES = {"I64": torch.int64, "F64": torch.float64, **SAFETENSORS, "U8": torch.uint8}       # widest first: aligned
@@ -49,7 +117,8 @@ def tensors_of(cache):
 
 def save(cache, path):
     """See SentenceKV.save. ValueError if there is nothing to save."""
-    demand(cache.length and not cache.unjudged and hasattr(cache, "model"), "save() needs a cache that a model has filled")
+    cache.whole("save()")
+    demand(hasattr(cache, "model"), "save() needs to know the model: set cache.model to it")
     path, names = Path(path), {dtype: name for name, dtype in DTYPES.items()}
     tensors = tensors_of(cache)
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
@@ -69,7 +138,7 @@ def save(cache, path):
         f.flush()
         os.fsync(f.fileno())
     os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)                                   # the new name must be on the disk as well
+    folder = os.open(path.parent, os.O_RDONLY)                                   # its new name must be on the disk too
     os.fsync(folder)
     os.close(folder)
 
@@ -85,7 +154,7 @@ def load(cls, path, model):
     with blame(path), open(path, "rb") as f:
         metadata = parse_json(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__", {})
         demand(metadata.get("format") == FORMAT, f"is no saved cache of this version ({FORMAT})")
-        demand(metadata.get("model") == fingerprint(model), "was saved with another model, or with other weights or dtype")
+        demand(metadata.get("model") == fingerprint(model), "was saved with another model, other weights or dtype")
         return assemble(cls, tensors, parse_json(metadata["settings"].encode()), model)
 
 def check_sum(path):
@@ -123,9 +192,7 @@ def assemble(cls, tensors, settings, model):
     cache.text.write(0, torch.arange(N, device=weight.device)[:, None].expand(N, B), tokens.T)
     for l in range(c.num_hidden_layers):
         add_layer(cache, {name: tensors.get(f"layer.{l}.{name}") for name in TENSORS}, l, c, weight)
-    if not cache.pool.pinned:                                                    # the file's bytes are only read
-        cache.pool.shared = 1
-        cache.pool.cut(cache.lengths - cache.dropped)
+    cache.pool = Branch(cache.pool, cache.lengths - cache.dropped) if cache.pool.stream is None else cache.pool
     cache.queries = expect(tensors, "queries", torch.int64, B).to(weight.device)
     demand(bool(((cache.queries >= 0) & (cache.queries <= lengths)).all()), "queries cannot be")
     expected = 4 + (cache.prompt is not None) + c.num_hidden_layers * (3 + (cache.prompt is not None))
@@ -137,7 +204,7 @@ def expect(tensors, name, dtype, *shape):
     """The tensor of that name, type and shape (None: any size)."""
     t = tensors.get(name)
     demand(t is not None and t.dtype == dtype and t.ndim == len(shape) and t.numel() > 0
-           and all(want in (None, n) for want, n in zip(shape, t.shape)), f"{name} is missing, or of another type or shape")
+           and all(want in (None, n) for want, n in zip(shape, t.shape)), f"{name} is missing, or has a wrong type or shape")
     return t
 
 def add_layer(cache, parts, l, c, weight):
@@ -152,9 +219,8 @@ def add_layer(cache, parts, l, c, weight):
         fits = kept.shape[1] <= S + 1 and bool((kept <= cache.first[:, :kept.shape[1]]).all())
         demand(fits and bool(((kept >= 0) & (kept <= limit)).all()) and bool((kept.diff() >= 0).all()),
                f"layer.{l}.kept_before cannot be")
-    if cache.pool.pinned:
+    if cache.pool.stream is None:                                                # the file's own bytes
+        cache.pool.kv[l] = cache.pool.seen[l] = kv
+    else:                                                                        # copied into pinned memory
         cache.pool.reserve(l, cache.slots, kv)
-        cache.pool.kv[l][0][:cache.slots] = kv
-    else:
-        cache.pool.kv.append([kv])
-        cache.pool.seen.append([kv])
+        cache.pool.kv[l][:cache.slots] = kv
