@@ -516,8 +516,7 @@ class SentenceKV:
             kv[slot, row] = new
         keys, values = kv.permute(3, 1, 2, 0, 4)                                 # (B, H, N, d) each, views
         out = attend_causal(q, keys, values, self.before)
-        if self.unjudged or self.prune:
-            mem.asked = self._last_queries(q, mem.asked)
+        mem.asked = self._last_queries(q, mem.asked) if self.unjudged or self.prune else None
         if self.prune:
             window = self.lengths[:, None] + torch.arange(-self.window, 0, device=q.device)      # (B, window) positions
             alpha = importance(mem.asked, keys, window, self.pool_width)

@@ -6,29 +6,37 @@ check. A cache is tested alone, fed with random q, k and v, so that a failure na
 import base64
 import copy
 import doctest
+import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentencekv
 import tokenizer as T
-from experiments import ask
-from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, rope_frequencies, sample
+from experiments import ask, living
+from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, available_memory, rope_frequencies, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
 from train_tiny import needle, story
@@ -119,7 +127,7 @@ class Feed:
     def random(self, *shape):
         return torch.randn(*shape, generator=self.rng, dtype=torch.float64).to(self.dtype)
 
-    def push(self, T, tokens=None, q=None, k=None, v=None):
+    def push(self, T, tokens=None, q=None, k=None, v=None, more=False):
         """T more tokens through all layers -> outputs (layers, B, Hq, T, d); keeps q, k, v of the call."""
         if tokens is None:
             tokens = torch.multinomial(self.weights, self.B * T, True, generator=self.rng).view(self.B, T)
@@ -129,7 +137,7 @@ class Feed:
         self.k, self.v = torch.cat((self.k, k), 3), torch.cat((self.v, v), 3)
         self.plain.add(tokens)
         to = lambda t: t.to(self.device)
-        self.positions = self.cache.begin(to(tokens))
+        self.positions = self.cache.begin(to(tokens), more)
         return torch.stack([self.cache.attend(l, to(self.q[l]), to(k[l]), to(v[l])) for l in range(self.layers)]).cpu()
 
     def expect(self, attended):
@@ -771,8 +779,8 @@ def toy_text(rng, n):
 class Living(RuleBasedStateMachine):
     """A SentenceKV and its forks, each beside a dense cache that goes the same way; texts are lists of ids per row."""
 
-    @initialize(seed=st.integers(0, 2**31), B=st.integers(1, 3), covers=st.booleans(), rank=st.sampled_from(["mean", "bounds"]),
-                n=st.integers(1, 40), chunk=st.sampled_from([None, 2, 7]))
+    @initialize(seed=st.integers(0, 2**31), B=st.integers(1, 3), covers=st.booleans(),
+                rank=st.sampled_from(["mean", "bounds"]), n=st.integers(1, 40), chunk=st.sampled_from([None, 2, 7]))
     def read(self, seed, B, covers, rank, n, chunk):
         self.rng, self.model, self.covers = random.Random(seed), toy_model(seed), covers
         self.setting = dict(budget=600 if covers else 24, sink=2, recent=5, rank=rank, max_sentence=9)
@@ -847,6 +855,485 @@ class Living(RuleBasedStateMachine):
 Living.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=10, phases=(Phase.generate,),
                                     suppress_health_check=list(HealthCheck))
 TestLiving = Living.TestCase
+
+
+def alone(row, cache, b, kept_tokens=None):
+    """Row b of a batch holds what a cache of its own holds: text, sentences, vectors, and what was fetched last."""
+    n, S = row.length, int(row.current[0]) + 1
+    assert row.tokens()[0].tolist() == cache.tokens()[b][:n].tolist() and int(cache.lengths[b]) == n
+    assert torch.equal(row.first[0, :S], cache.first[b, :S]) and int(row.far[0]) == int(cache.far[b])
+    for mine, theirs in zip(row.layers, cache.layers):
+        assert_close(mine.vectors[0, :, :S], theirs.vectors[b, :, :S])
+    if row.layers[0].fetched:
+        a, c = fetched_tokens(row)[:, 0, :, :S], fetched_tokens(cache)[:, b, :, :S]
+        assert torch.equal(a, c)
+
+
+@quick
+@given(st.integers(0, 2**31), st.sampled_from([None, 1.5]), st.sampled_from(["mean", "bounds"]),
+       st.lists(st.integers(4, 70), min_size=2, max_size=4), st.sampled_from([None, 2, 9]))
+def test_rows_of_different_length_each_equal_the_same_prompt_alone(seed, keep, rank, lengths, chunk):
+    rng, model = random.Random(seed), toy_model(seed)
+    setting = dict(budget=24, sink=2, recent=5, rank=rank, max_sentence=9, keep=keep, window=4)
+    cache, rows = SentenceKV(TOY_FLAGS, **setting), [SentenceKV(TOY_FLAGS, **setting) for _ in lengths]
+    for lengths, T in ((lengths, 0), *[(0, 1)] * 3, ([rng.randint(1, 9) for _ in rows], 0), *[(0, 1)] * 3):
+        texts = [toy_text(rng, n) for n in (lengths or [1] * len(rows))]
+        if max(map(len, texts)) == 1 and not T:                       # a prompt of one token each is a decode step
+            continue
+        out = model.prefill(ragged(texts), cache, chunk)
+        for b, (row, text) in enumerate(zip(rows, texts)):
+            # (a row of one token, in a longer batch, is a prompt: its own cache must not take it for a decode step)
+            assert_close(out[b:b + 1], model.prefill(torch.tensor([text + [-1] * (len(text) == 1 and not T)]), row))
+            alone(row, cache, b)
+
+
+@quick
+@given(st.integers(0, 2**31), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.sampled_from([None, 1, 2.5]),
+       st.sampled_from([1, 3]), st.sampled_from(["mean", "bounds"]))
+def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(seed, pieces, keep, pool, rank):
+    setting = dict(budget=24, sink=2, recent=5, window=7, keep=keep, pool=pool, rank=rank)
+    whole, parts = Feed(seed, 2, 4, 2, layers=2, **setting), Feed(seed, 2, 4, 2, layers=2, **setting)
+    pieces, at, out = [max(n, 2) for n in pieces] + [8], 0, []
+    whole.push(sum(pieces))
+    for i, n in enumerate(pieces):
+        piece = slice(at, at + n)
+        out.append(parts.push(n, torch.tensor(whole.plain.tokens)[:, piece], whole.q[..., piece, :],
+                              whole.k[..., piece, :], whole.v[..., piece, :], more=i < len(pieces) - 1))
+        at += n
+    assert_close(torch.cat(out, 3), whole.causal())
+    assert parts.cache.dropped.tolist() == whole.cache.dropped.tolist() and len(parts.cache.pool.kv[0]) <= at * 1.2 + 80
+    for mine, other in zip(parts.cache.layers, whole.cache.layers):
+        assert torch.equal(mine.vectors, other.vectors) and mine.asked is None
+        assert keep is None or mine.kept_before is None or torch.equal(mine.kept_before, other.kept_before)
+    for _ in range(3):
+        step = whole.push(1)
+        assert_close(parts.push(1, torch.tensor(whole.plain.tokens)[:, -1:], whole.q, whole.k[..., -1:, :],
+                                whole.v[..., -1:, :]), step)
+        assert torch.equal(fetched_tokens(parts.cache), fetched_tokens(whole.cache))
+
+
+def test_a_prompt_that_goes_on_cannot_be_forked_cut_saved_or_pruned_by_one_token():
+    feed = Feed(0, budget=24, sink=2, recent=5, window=4, keep=1, max_sentence=9)
+    feed.push(60, more=True)
+    for name, call in (("fork", feed.cache.fork), ("truncate", lambda: feed.cache.truncate(30)),
+                       ("save", lambda: feed.cache.save("nowhere"))):
+        with pytest.raises(ValueError, match=rf"{name}\(\) needs a cache that has read a whole prompt"):
+            call()
+    with pytest.raises(ValueError, match="the last piece of a prompt must have more than one token"):
+        feed.cache.begin(torch.ones(1, 1, dtype=torch.long))
+    feed.push(2)
+    assert int(feed.cache.dropped) == 62 - 24
+
+
+@quick
+@given(st.integers(0, 2**31), st.integers(2, 90), st.floats(0, 1), st.sampled_from(["mean", "bounds"]),
+       st.sampled_from([None, 1.5]))
+def test_after_truncate_a_cache_is_what_it_would_be_had_the_rest_been_one_prompt(seed, T, share, rank, keep):
+    setting = dict(layers=2, budget=24, sink=2, recent=5, window=2, rank=rank, keep=keep)
+    feed, fresh = Feed(seed, 2, 4, 2, **setting), Feed(seed + 1, 2, 4, 2, **setting)
+    for n in (T, *[1] * 30, 6):
+        feed.push(n)
+        T = T if keep else 1                                          # with keep=r, the prompt stays what it is
+    n = T + int(share * (feed.k.shape[3] - T))
+    feed.cache.truncate([n, n])
+    tokens, k, v = torch.tensor(feed.plain.tokens)[:, :n], feed.k[..., :n, :], feed.v[..., :n, :]
+    if not keep:
+        fresh.push(n, F.pad(tokens, (0, n == 1), value=-1), *(F.pad(x, (0, 0, 0, n == 1)) for x in (feed.q[..., :1, :]
+                   .expand(-1, -1, -1, n, -1), k, v)))
+        one = [feed.random(2, 2, h, 1, 8) for h in (4, 2, 2)]
+        token = torch.multinomial(feed.weights, 2, True, generator=feed.rng).view(2, 1)
+        outs = [f.push(1, token, *one) for f in (feed, fresh)]
+        assert_close(*outs)
+        S = min(f.cache.first.shape[1] for f in (feed, fresh)) - 1    # room for sentences differs, not the sentences
+        assert torch.equal(feed.cache.first[:, :S], fresh.cache.first[:, :S])
+        assert torch.equal(*(fetched_tokens(f.cache)[..., :S] for f in (feed, fresh)))
+    else:
+        assert feed.cache.length == n and feed.cache.tokens().tolist() == tokens.tolist()
+        with pytest.raises(ValueError, match="what keep=r has pruned is gone"):
+            feed.cache.truncate(int(feed.cache.prompt[0]) - 1 if feed.cache.prompt is not None else 0)
+
+
+def test_truncate_says_what_it_can_do():
+    feed = Feed(0, 2, budget=64)
+    feed.push(20)
+    for wrong in (0, 21, [5], [5, 21], [5, 5.0], -3):
+        with pytest.raises(ValueError, match=r"truncate\(\) takes lengths from \[1, 1\] .* to \[20, 20\], got"):
+            feed.cache.truncate(wrong)
+        with pytest.raises(ValueError, match=r"truncate\(\) takes lengths from 1 to \[20, 20\], got"):
+            dense = DenseKV()
+            dense.begin(torch.zeros(2, 20))
+            dense.truncate(wrong)
+    assert feed.cache.length == 20
+
+
+def test_a_hundred_forks_share_one_pool():
+    model, rng = toy_model(), random.Random(0)
+    cache = SentenceKV(TOY_FLAGS, budget=40, sink=2, recent=5, max_sentence=9)
+    model.prefill(torch.tensor([toy_text(rng, 3000)]), cache)
+    before, base = cache.memory()["host"], cache.pool
+    forks = [cache.fork() for _ in range(100)]
+    for fork in forks:
+        model.prefill(torch.tensor([toy_text(rng, 5)]), fork)
+        assert fork.pool.base is base                                 # no chain of branches, however many there are
+        own = sum(t.nbytes for pool in (fork.pool, fork.text) for t in pool.own.kv.values())
+        assert own < before / 30 and fork.memory()["host"] == before + own
+    assert cache.length == 3000 and all(fork.length == 3005 for fork in forks)
+
+
+def test_rows_that_finish_at_different_times_are_what_they_would_be_alone():
+    rng, model = random.Random(5), toy_model(5)
+    prompts = [toy_text(rng, n) for n in (12, 30, 21, 5)]
+    for new_cache in (DenseKV, lambda: SentenceKV(TOY_FLAGS, budget=24, sink=2, recent=5, max_sentence=9)):
+        batch, rows = new_cache(), [new_cache() for _ in prompts]
+        sampling = dict(max_new_tokens=12, stop_ids={2})
+        got = torch.stack([*model.generate(ragged(prompts), batch, **sampling)], dim=1).tolist()
+        ends = []
+        for b, (row, prompt) in enumerate(zip(rows, prompts)):
+            want = [int(x) for x in model.generate(torch.tensor([prompt]), row, **sampling)]
+            assert got[b] == want + [2] * (len(got[b]) - len(want))
+            assert int(batch.lengths[b]) == int(row.lengths[0]) == len(prompt) + len(want) - 1
+            ends.append(want[-1:])
+        assert len({len(row.tokens()[0]) if hasattr(row, "tokens") else row.length for row in rows}) > 1
+        follow = [end + toy_text(rng, 3) for end in ends]
+        out = model.prefill(ragged(follow), batch)
+        for b, row in enumerate(rows):
+            assert_close(out[b:b + 1], model.prefill(torch.tensor([follow[b]]), row))
+
+
+def test_generation_that_is_not_listened_to_any_more_leaves_each_row_as_alone():
+    rng, model, cache = random.Random(5), toy_model(5), DenseKV()
+    prompts = [toy_text(rng, n) for n in (12, 30, 21, 5)]
+    lengths = [len(p) for p in prompts]
+    generator = model.generate(ragged(prompts), cache, 12, stop_ids={0, 1, 3})
+    done = torch.zeros(4, dtype=torch.bool)
+    for step in range(5):
+        lengths = [n + (step > 0 and not d) for n, d in zip(lengths, done.tolist())]
+        done |= torch.isin(next(generator), torch.tensor([0, 1, 3]))
+    generator.close()
+    assert cache.lengths == lengths and len(set(lengths)) == 4 and bool(done.any()) and not bool(done.all())
+
+
+def saved(folder, **setting):
+    """A model, a cache of two uneven rows with some generated tokens, and the file it is saved in."""
+    model, rng = toy_model(3), random.Random(3)
+    cache = SentenceKV(TOY_FLAGS, **dict(budget=24, sink=2, recent=5, max_sentence=9, rank="mean", window=4) | setting)
+    model.prefill(ragged([toy_text(rng, 50), toy_text(rng, 31)]), cache)
+    for _ in range(7):
+        model(torch.tensor([[1], [1]]), cache)                        # the sentence goes on: its queries count
+    path = Path(folder) / "some.cache"
+    cache.save(path)
+    return model, cache, path
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+@pytest.mark.parametrize("rank", ["mean", "bounds"])
+def test_a_loaded_cache_goes_on_bit_for_bit_as_if_it_had_never_stopped(tmp_path, keep, rank):
+    model, cache, path = saved(tmp_path, keep=keep, rank=rank)
+    loaded, size = SentenceKV.load(path, model), path.stat().st_size
+    assert loaded.settings == cache.settings and torch.equal(loaded.tokens(), cache.tokens())
+    base = loaded.pool.base.kv[0]
+    assert base.untyped_storage().nbytes() >= size                    # a piece of the mapped file, not a copy
+    rng = random.Random(4)
+    for T in (*[1] * 20, 6, *[1] * 5):
+        tokens = torch.tensor([toy_text(rng, T), toy_text(rng, T)])
+        assert torch.equal(model.prefill(tokens, loaded), model.prefill(tokens, cache))
+        if T == 1:
+            assert torch.equal(fetched_tokens(loaded), fetched_tokens(cache))
+    loaded.save(path)                                                 # over the file that it was loaded from
+    again = SentenceKV.load(path, model)
+    assert torch.equal(model(torch.tensor([[1], [1]]), again), model(torch.tensor([[1], [1]]), cache))
+    assert os.listdir(tmp_path) == ["some.cache"]
+
+
+def test_a_cache_of_another_model_is_refused(tmp_path):
+    model, cache, path = saved(tmp_path)
+    other = toy_model(3)
+    other.layers[1].mlp.up_proj.weight[3, 4] += 1e-6
+    for other in (other, toy_model(3).float(), toy_model(3, num_hidden_layers=3)):
+        with pytest.raises(ValueError, match="saved with another model, other weights or dtype"):
+            SentenceKV.load(path, other)
+    swapped = toy_model(3)
+    weight = swapped.layers[0].mlp.up_proj.weight
+    weight[[0, 1]] = weight[[1, 0]]
+    with pytest.raises(ValueError, match="another model"):
+        SentenceKV.load(path, swapped)
+
+
+def sign(path, raw):
+    """Write a file whose checksum is right, whatever else is not."""
+    path.write_bytes(raw[:-32] + hashlib.sha256(raw[:-32]).digest())
+
+
+def altered(raw, change):
+    """The file with its header and {name: tensor} changed by change(metadata, tensors), laid out and signed anew."""
+    n = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8:8 + n]), raw[8 + n:]
+    metadata, names = header.pop("__metadata__"), {v: k for k, v in living.DTYPES.items()}
+    tensors = {name: torch.frombuffer(bytearray(data[slice(*e["data_offsets"])]), dtype=living.DTYPES[e["dtype"]])
+               .view(e["shape"]) for name, e in header.items()}
+    change(metadata, tensors)
+    header, data = {"__metadata__": metadata}, b""
+    for name, t in sorted(tensors.items(), key=lambda item: item[0] == "sha256"):
+        piece = bytes(living.raw_bytes(t)) if t.numel() else b""
+        place, data = [len(data), len(data) + len(piece)], data + piece
+        header[name] = {"dtype": names[t.dtype], "shape": [*t.shape], "data_offsets": place}
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + data
+
+
+def setting(**changes):
+    def change(metadata, tensors):
+        metadata["settings"] = json.dumps({**json.loads(metadata["settings"]), **changes})
+    return change
+
+
+def tensor(name, change):
+    def apply(metadata, tensors):
+        t = change(tensors[name])
+        tensors.pop(name) if t is None else tensors.update({name: t})
+    return apply
+
+
+LIES = {
+    "format": lambda m, t: m.update(format="another"), "no settings": lambda m, t: m.pop("settings"),
+    "settings no json": lambda m, t: m.update(settings="{"), "settings a list": lambda m, t: m.update(settings="[1]"),
+    "unknown setting": setting(more=1), "budget": setting(budget=0), "huge budget": setting(budget=1 << 40),
+    "budget is text": setting(budget="24"), "rank": setting(rank="best"), "keep": setting(keep=0.1),
+    "other rank": setting(rank="bounds"), "pruned though all is kept": setting(keep=None),
+    "less kept": setting(keep=1.2), "window": setting(window=99),
+    "token too large": tensor("tokens", lambda t: t + 5), "token below -1": tensor("tokens", lambda t: t * 2 - 3),
+    "padding first": tensor("tokens", lambda t: t.flip(1)), "one row less": tensor("tokens", lambda t: t[:1]),
+    "tokens of no row": tensor("tokens", lambda t: t[:0]), "tokens flat": tensor("tokens", lambda t: t.flatten()),
+    "shorter text": tensor("tokens", lambda t: t[:, :40]), "tokens missing": tensor("tokens", lambda t: None),
+    "longest row padded": tensor("tokens", lambda t: torch.cat((t, t[:, :1] * 0 - 1), dim=1)),
+    "tokens of another type": tensor("tokens", lambda t: t.double()),
+    "flags missing": tensor("flags", lambda t: None), "flags empty": tensor("flags", lambda t: t[:0]),
+    "flags of another type": tensor("flags", lambda t: t.long()),
+    "queries negative": tensor("queries", lambda t: t - 100), "queries many": tensor("queries", lambda t: t + 100),
+    "queries missing": tensor("queries", lambda t: None),
+    "prompt longer than text": tensor("prompt", lambda t: t + 30),
+    "prompt short": tensor("prompt", lambda t: t * 0 + 4),
+    "prompt negative": tensor("prompt", lambda t: -t), "prompt missing": tensor("prompt", lambda t: None),
+    "kv shorter": tensor("layer.1.kv", lambda t: t[:-1]),
+    "kv longer": tensor("layer.1.kv", lambda t: torch.cat((t, t))),
+    "kv missing": tensor("layer.0.kv", lambda t: None), "kv of another type": tensor("layer.0.kv", lambda t: t.float()),
+    "vectors fewer": tensor("layer.0.vectors", lambda t: t[:, :, :-1]),
+    "vectors wider": tensor("layer.0.vectors", lambda t: torch.cat((t, t), dim=-1)),
+    "query_sum of another type": tensor("layer.0.query_sum", lambda t: t.double()),
+    "kept_before negative": tensor("layer.0.kept_before", lambda t: t - 10),
+    "kept_before too large": tensor("layer.0.kept_before", lambda t: t + 1000),
+    "kept_before falls": tensor("layer.0.kept_before", lambda t: t.flip(1)),
+    "kept_before wide": tensor("layer.0.kept_before", lambda t: torch.cat((t, t[:, -1:].expand(-1, 99)), dim=1)),
+    "kept_before missing": tensor("layer.1.kept_before", lambda t: None),
+    "a tensor too many": lambda m, t: t.update({"layer.2.kv": t["layer.1.kv"]}),
+    "no checksum": tensor("sha256", lambda t: None),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_signed_cache_file_that_lies_is_refused(tmp_path, lie):
+    model, _, path = saved(tmp_path, keep=1)
+    raw = path.read_bytes()
+    sign(path, altered(raw, lambda metadata, tensors: None))
+    SentenceKV.load(path, model)                                      # laid out anew it is right
+    sign(path, altered(raw, LIES[lie]))
+    with pytest.raises(ValueError) as e:
+        SentenceKV.load(path, model)
+    assert str(path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+def mutate_cache(rng, raw):
+    """Bits flipped, pieces cut, doubled or zeroed; half of the time with a checksum that is right."""
+    raw = bytearray(raw)
+    limit = len(raw) if rng.random() < 0.5 else 8 + int.from_bytes(raw[:8], "little")     # anywhere, or in the header
+    for _ in range(rng.randint(1, 4)):
+        at, n = rng.randrange(limit), rng.randint(1, 40)
+        kind = rng.randrange(5)
+        if kind == 0:
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del raw[at:at + n]
+        elif kind == 2:
+            raw[at:at] = raw[at:at + n]
+        elif kind == 3:
+            raw[at:at + n] = bytes(n)
+        else:
+            raw[at:at + 1] = rng.choice([b"9", b"-", b"0", b'"', b"e9", b"[", b"}", b"null"])
+        limit = max(1, min(limit, len(raw)))
+    return bytes(raw)
+
+
+def test_random_damage_to_a_cache_file_is_refused_or_harmless(tmp_path):
+    model, cache, path = saved(tmp_path, keep=1)
+    raw, rng, harmless, rounds = path.read_bytes(), random.Random(7), 0, int(os.environ.get("FUZZ", 250))
+    for i in range(rounds):
+        damaged = mutate_cache(rng, raw)
+        path.write_bytes(damaged)
+        if i % 2 and len(damaged) > 32:
+            sign(path, damaged)
+        try:
+            loaded = SentenceKV.load(path, model)
+        except ValueError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+            continue
+        harmless += 1
+        assert i % 2                                                  # without a right checksum nothing gets through
+        logits = model(torch.tensor([[1], [1]]), loaded)              # and what does, works: keys are keys
+        assert logits.shape == (2, 6)
+    assert 0 < harmless < rounds / 2
+
+
+CRASH = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from test_sentencekv import toy_model, saved
+import tempfile
+model, cache, _ = saved(tempfile.mkdtemp())
+print("ready", flush=True)
+while True:
+    cache.save({path!r})
+    model(torch.tensor([[1], [1]]), cache)
+    print(cache.length, flush=True)
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_file(tmp_path):
+    rng, path, seen = random.Random(time.time_ns()), tmp_path / "some.cache", set()
+    model, cache, first = saved(tmp_path / "..")
+    shutil.move(first, path)
+    for _ in range(int(os.environ.get("CRASHES", 3))):
+        process = subprocess.Popen([sys.executable, "-c", CRASH.format(root=str(ROOT), path=str(path))],
+                                   stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        seen.add(SentenceKV.load(path, model).length)
+    assert len(seen) > 1 or len(os.environ.get("CRASHES", "3")) == 1
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("T", [1, 7])
+def test_nan_or_inf_names_the_layer_and_the_token_it_came_with(where, bad, T):
+    feed = Feed(0, 2, layers=3, budget=64, recent=8, dtype=torch.float16)
+    feed.push(40)
+    feed.push(1)
+    inputs = {name: feed.random(3, 2, h, T, 8) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+    inputs[where][1, 1, 0, T // 2, 3] = bad                           # layer 1, row 1
+    with pytest.raises(ValueError, match=f"NaN or inf in q, k or v of layer 1 at or before token {41 + T}"):
+        feed.push(T, torch.ones(2, T, dtype=torch.long), **inputs)
+    with pytest.raises(ValueError, match="NaN or inf"):               # the cache stays refused,
+        feed.cache.begin(torch.ones(2, 5, dtype=torch.long))
+    feed.cache.truncate(41)                                           # until what is wrong is cut off
+    feed.cache.begin(torch.ones(2, 1, dtype=torch.long))
+    for l in range(3):
+        out = feed.cache.attend(l, *(feed.random(2, h, 1, 8) for h in (4, 2, 2)))
+        assert out.isfinite().all()
+
+
+def test_numbers_as_large_as_float16_can_hold_are_no_fault():
+    feed = Feed(0, budget=64, recent=8, dtype=torch.float16)
+    feed.push(3, v=torch.full((1, 1, 2, 3, 8), 65504.0).half(), k=torch.full((1, 1, 2, 3, 8), 60.0).half())
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is_with_one_warning(monkeypatch):
+    zeros, pool = torch.zeros, sentencekv.HostPool(torch.device("cpu"))
+    pool.pinned = True
+    monkeypatch.setattr(torch, "zeros", lambda *a, pin_memory=False, **k: zeros(*a, **k) if not pin_memory else
+                        (_ for _ in ()).throw(RuntimeError("CUDA error: cannot pin")))
+    with pytest.warns(UserWarning, match="host memory could not be pinned") as caught:
+        for layer in range(3):
+            pool.reserve(layer, 5, zeros(1, 1, 2, 2, 4))
+    assert len(caught) == 1 and not pool.pinned and not pool.in_place
+    kv, slot = torch.randn(5, 1, 2, 2, 4), torch.arange(5)[:, None]
+    pool.write(0, slot, kv)
+    out = torch.empty(5, 1, 2, 2, 4)
+    pool.fetch(0, slot[:, :, None].expand(5, 1, 2), out)              # by way of the staging buffer
+    assert torch.equal(out, kv) and pool.staging is not None
+
+
+def test_too_little_host_memory_is_told_before_the_prompt_is_read(monkeypatch):
+    model, tokens = toy_model(), torch.ones(2, 1000, dtype=torch.long)
+    need = 2 * 1000 * 2 * 2 * 2 * 4 * 8                               # rows, tokens, layers, heads, K and V, d, bytes
+    monkeypatch.setattr("model.available_memory", lambda: need - 1)
+    for cache in (DenseKV(), SentenceKV(TOY_FLAGS, budget=64)):
+        with pytest.raises(MemoryError, match=r"takes 0.0 GB of host memory, 0.0 are free: .*keep="):
+            model.prefill(tokens, cache)
+        assert cache.length == 0
+    model.prefill(tokens, SentenceKV(TOY_FLAGS, budget=64, keep=2))
+    monkeypatch.setattr("model.available_memory", lambda: need)
+    model.prefill(tokens, SentenceKV(TOY_FLAGS, budget=64))
+
+
+def test_available_memory_is_what_the_system_says():
+    free = available_memory()
+    assert free is None and not os.path.exists("/proc/meminfo") or 1e6 < free < 1e15
+
+
+def test_running_out_of_memory_names_the_setting_to_change(monkeypatch):
+    model, zeros = toy_model(), torch.zeros
+    def out(*args, **more):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Llama, "compute", out)
+    with pytest.raises(MemoryError, match="reading 50 tokens at once: set a smaller chunk"):
+        model.prefill(torch.ones(1, 80, dtype=torch.long), DenseKV(), chunk=50)
+    def full(*args, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(MemoryError, match=r"no host memory for 7\d tokens of a layer: keep fewer \(keep=...\)"):
+        sentencekv.HostPool(torch.device("cpu")).reserve(0, 10, torch.ones(1, 1, 2, 2, 4))
+
+
+def test_a_context_beyond_what_the_model_was_made_for_is_warned_of():
+    model = toy_model(max_position_embeddings=20)
+    for cache in (DenseKV(), SentenceKV(TOY_FLAGS, budget=64)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.prefill(torch.ones(1, 20, dtype=torch.long), cache)
+        with pytest.warns(UserWarning, match="longer than the 20 tokens that this model was made for"):
+            model(torch.ones(1, 1, dtype=torch.long), cache)
+
+
+@pytest.mark.parametrize("T, chunk, pieces", [(10, None, [10]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 2, [3]),
+                                              (4, 9, [4]), (1, 4, [1]), (5, 5, [5])])
+def test_prefill_cuts_a_prompt_so_that_no_piece_is_a_decode_step(T, chunk, pieces, monkeypatch):
+    model, cache, seen, reports = toy_model(), DenseKV(), [], []
+    begin = cache.begin
+    monkeypatch.setattr(cache, "begin",
+                        lambda tokens, more=False: seen.append((tokens.shape[1], more)) or begin(tokens))
+    model.prefill(torch.ones(1, T, dtype=torch.long), cache, chunk, lambda *report: reports.append(report))
+    assert [n for n, _ in seen] == pieces and [more for _, more in seen] == [True] * (len(pieces) - 1) + [False]
+    assert reports == [(i + 1, 2 * len(pieces)) for i in range(2 * len(pieces))]
+
+
+def test_prefill_refuses_chunks_that_make_no_sense():
+    for chunk in (1, 0, 2.0):
+        with pytest.raises(ValueError, match="chunk must be None or 2 at least"):
+            toy_model().prefill(torch.ones(1, 9, dtype=torch.long), DenseKV(), chunk=chunk)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation makes."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(getattr(self, "bytes", 0), t.nbytes)
+        return out
+
+
+def test_in_chunks_no_tensor_is_larger_than_a_layers_keys_and_values_or_its_chunk_needs(monkeypatch):
+    model = toy_model(hidden_size=512, num_key_value_heads=1, num_attention_heads=2)
+    monkeypatch.setattr(sentencekv, "causal_lower_right",             # (its own class does not go with being watched)
+                        lambda t, n: torch.ones(t, n, dtype=torch.bool).tril(n - t))
+    T, chunk, largest = 4000, 64, Largest()
+    with largest:
+        model.prefill(torch.ones(1, T, dtype=torch.long), SentenceKV(TOY_FLAGS, budget=64), chunk)
+    assert largest.bytes <= max(T * 1.2 * 2 * 4 * 8, chunk * T * 8)   # one layer's pool; scores of a chunk
+    assert largest.bytes < T * 512 * 8 / 4                            # nothing like the hidden states of the prompt
 
 
 # ------------------------------------------------------------------------------ 9. the model and its loaders
@@ -2036,12 +2523,31 @@ def test_the_command_line_answers_from_a_file_and_shows_what_it_fetched(tmp_path
 def test_the_command_line_speaks_llama_3s_chat_template(tok, tmp_path):
     (tmp_path / "text.txt").write_text("Bob lives in Oslo.", encoding="utf-8")
     arguments = ["--prompt-file", str(tmp_path / "text.txt"), "--ask", "Where is Bob?", "--ask", "Why?"]
-    ids, asked, stop = ask.prompts(ask.parse(arguments), tok)
+    ids, asked, turn, stop = ask.prompts(ask.parse(arguments), tok)
     first = tok.chat([{"role": "user", "content": "Bob lives in Oslo.\n\nWhere is Bob?"}])
-    assert tok.decode(ids + asked[0][0]) == tok.decode(first) and stop == tok.stop_ids
-    assert tok.decode(asked[1][0]) == tok.decode(tok.chat([{"role": "user", "content": "Why?"}])[1:])
-    ids, asked, _ = ask.prompts(ask.parse([*arguments, "--raw"]), tok)
-    assert tok.decode(ids + asked[0][0]) == "<|begin_of_text|>Bob lives in Oslo. Where is Bob?"
+    assert asked == [("Where is Bob?", None), ("Why?", None)]
+    assert tok.decode(ids + turn("Where is Bob?", True)) == tok.decode(first) and stop == tok.stop_ids
+    assert tok.decode(turn("Why?", False)) == tok.decode(tok.chat([{"role": "user", "content": "Why?"}])[1:])
+    ids, asked, turn, _ = ask.prompts(ask.parse([*arguments, "--raw"]), tok)
+    assert tok.decode(ids + turn("Where is Bob?", True)) == "<|begin_of_text|>Bob lives in Oslo. Where is Bob?"
+
+
+def test_a_text_is_read_once_saved_loaded_and_asked_line_by_line(tmp_path, capsys, monkeypatch):
+    text, facts = story(900, facts=4, seed=4)
+    (tmp_path / "story.txt").write_text(text, encoding="utf-8")
+    (file, saved), cpu = (str(tmp_path / name) for name in ("story.txt", "story.cache")), ["--device", "cpu"]
+    assert ask.main(["--prompt-file", file, "--budget", "128", "--save-cache", saved, "--chunk", "100", *cpu]) == 0
+    assert f"saved to {saved}" in capsys.readouterr().out
+    lines = "".join(f"{question.strip()}\n?\n\n" for question, _ in facts[:2])
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert ask.main(["--load-cache", saved, "--chat", *cpu]) == 0
+    out = capsys.readouterr().out
+    assert "loaded" in out and "budget 128" in out
+    for question, answer in facts[:2]:
+        assert out.count(answer.strip()) >= 2 and question.strip() in out     # answered, and shown as fetched
+    for wrong, message in ((["--budget", "99", "--ask", "Who?"], "--budget does not go with"), ([], "needs a question")):
+        assert ask.main(["--load-cache", saved, *wrong, *cpu]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_conversation_reads_every_token_once_the_last_of_each_answer_too(tiny):
@@ -2084,7 +2590,7 @@ def test_help_explains_every_option(capsys):
         ask.main(["--help"])
     assert done.value.code == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("--budget", "--keep", "--rank", "--dense", "--model", "--seed"))
+    assert all(name in out for name in ("--budget", "--keep", "--rank", "--dense", "--model", "--seed", "--chat"))
 
 
 def test_ctrl_c_ends_cleanly(monkeypatch, capsys):

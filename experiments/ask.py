@@ -26,6 +26,10 @@ def parse(argv):
     p.add_argument("--prompt-file", metavar="FILE", help="the long text, UTF-8 (default: a made-up story)")
     p.add_argument("--ask", metavar="TEXT", action="append", default=[],
                    help="a question after the text; given several times, each is a follow-up of the one before")
+    p.add_argument("--chat", action="store_true",
+                   help="then questions from standard input, a line each; a line ? shows what the last one fetched")
+    p.add_argument("--save-cache", metavar="FILE", help="keep what was read, for --load-cache")
+    p.add_argument("--load-cache", metavar="FILE", help="go on from a saved cache instead of reading a text")
     p.add_argument("--raw", action="store_true", help="no chat template, even if the tokenizer has Llama 3's tokens")
     p.add_argument("--dense", action="store_true", help="answer with the dense cache too, to compare")
     p.add_argument("--paper", action="store_true",
@@ -37,6 +41,7 @@ def parse(argv):
     p.add_argument("--window", type=int, help="queries that judge what --keep keeps (default 32)")
     p.add_argument("--pool", type=int, help="width of the max-pool over that judgement (default 1: none)")
     p.add_argument("--rank", choices=RANKS, help="how sentences are ranked (default bounds; the paper's is mean)")
+    p.add_argument("--chunk", type=int, metavar="N", help="read N tokens at a time: less device memory (default: all)")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0,
@@ -74,7 +79,7 @@ class Watched(SentenceKV):
         """q (Hq, d); sentence and taken (H, k), as SentenceKV.fetched() tells them, of one layer."""
         near, keys = int(self.near[0]), self.work[:, 0, :, 0].transpose(0, 1)                # (H, budget, d)
         H, n, d = keys.shape
-        place = torch.arange(n, device=q.device)                                             # near, fetched, itself last
+        place = torch.arange(n, device=q.device)             # near, fetched, unused, itself
         seen = (place < near + taken.sum(1, keepdim=True)) | (place == n - 1)                # (H, budget)
         logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5               # (H, G, budget)
         weight = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1)[:, near:]         # (H, n - near)
@@ -102,14 +107,14 @@ class Conversation:
     def read(self, ids, what):
         """Put a text into the cache; -> seconds that it took."""
         start = time.perf_counter()
-        with torch.no_grad():
-            self.model(self.take(ids), self.cache, progress=progress(f"{what}: reading, layer"))
+        self.model.prefill(self.take(ids), self.cache, self.args.chunk, progress(f"{what}: reading, layers"))
         return time.perf_counter() - start
 
     def answer(self, ids, stop):
         """Yield what follows `ids`, piece by piece; then `ms` has the times of the decode steps, without watching."""
         a, self.ms, watched = self.args, [], isinstance(self.cache, Watched)
-        steps = self.model.generate(self.take(ids), self.cache, a.max_new_tokens, a.temperature, a.top_p, a.seed, stop)
+        steps = self.model.generate(self.take(ids), self.cache, a.max_new_tokens, a.temperature, a.top_p, a.seed, stop,
+                                    chunk=a.chunk)
 
         def generated():
             if watched:
@@ -143,27 +148,63 @@ def settings(args, story):
     return {**({"budget": 256} if story else {}), **(PAPER if args.paper else {}), **given}
 
 def prompts(args, tokenizer):
-    """-> ids of the long text, [(ids, question, true answer or None)], ids that end an answer."""
-    plain = args.raw or "<|eot_id|>" not in tokenizer.added
+    """-> ids of the long text (None: it comes from --load-cache), [(question, true answer or None)], turn(question,
+    first) -> its ids, and the ids that end an answer."""
+    plain, facts = args.raw or "<|eot_id|>" not in tokenizer.added, []
     if args.prompt_file:
-        text, facts, ends = Path(args.prompt_file).read_text(encoding="utf-8"), [], ""
+        text = Path(args.prompt_file).read_text(encoding="utf-8")
+    elif args.load_cache:
+        text = ""
     else:
         from train_tiny import story
         text, facts = story(4000, facts=8, seed=args.seed)
-        facts, ends = [facts[1], facts[4], facts[-2]], "."                       # early, middle, late
-    asked = [(q, None) for q in args.ask] or facts
+        facts = [facts[1], facts[4], facts[-2]]                                  # early, middle, late
     if plain:
         ids = tokenizer.encode(text, bos=tokenizer.bos_id is not None)
-        asked = [(tokenizer.encode(q if q[:1].isspace() else " " + q), q, truth) for q, truth in asked]
+        turn = lambda q, first: tokenizer.encode(q if q[:1].isspace() else " " + q)
     else:                                                                        # the questions are turns of a chat
-        turns = [tokenizer.chat([{"role": "user", "content": q}])[1:] for q, _ in asked]
         tail = tokenizer.chat([{"role": "user", "content": ""}])[-len(tokenizer.chat([])):]  # end of turn, next header
         ids = tokenizer.chat([{"role": "user", "content": text}])[:-len(tail)]
-        asked = [(t if i else tokenizer.encode("\n\n" + q) + tail, q, truth)
-                 for i, (t, (q, truth)) in enumerate(zip(turns, asked))]
-    if not asked:                                                                # nothing asked: go on with the text
-        ids, asked = ids[:-1], [(ids[-1:], "", None)]
-    return ids, asked, tokenizer.stop_ids | set(tokenizer.encode(ends))
+        turn = lambda q, first: (tokenizer.encode("\n\n" + q) + tail if first else
+                                 tokenizer.chat([{"role": "user", "content": q}])[1:])
+    asked = [(q, None) for q in args.ask] or ([] if args.chat else facts)
+    tiny = plain and args.model == str(TINY) and (asked or args.chat)
+    ends = "." if tiny else ""                                                   # it knows no end of text
+    if args.load_cache:
+        if not asked and not args.chat:
+            raise ValueError("--load-cache needs a question: give --ask or --chat")
+        ids = None
+    elif not asked and not args.chat and not args.save_cache:                    # nothing asked: go on with the text
+        ids, last, asked = ids[:-1], ids[-1:], [("", None)]
+        turn = lambda q, first: last
+    return ids, asked, turn, tokenizer.stop_ids | set(tokenizer.encode(ends))
+
+def questions(asked, chat, show):
+    """Yield (question, true answer or None): those given, then the lines of standard input; a line "?" calls show."""
+    yield from asked
+    if chat and sys.stdin.isatty():
+        print("\nAsk, a line each; ? shows what was fetched for the last answer; Ctrl-D ends.")
+    for line in sys.stdin if chat else ():
+        if line.strip() == "?":
+            show()
+        elif line.strip():
+            yield line.strip(), None
+
+def conversations(args, model, tokenizer, dense):
+    """{name: Conversation}: SentenceKV's, new or loaded, and before it the dense cache's if that is wanted."""
+    given = settings(args, not args.prompt_file and not args.load_cache)
+    if args.load_cache:
+        for name, value in {"prompt-file": args.prompt_file, "dense": args.dense, **given}.items():
+            if value:
+                raise ValueError(f"--{name} does not go with --load-cache: text and settings are in the file")
+        cache = Watched.load(args.load_cache, model)
+    else:
+        cache = Watched(sentence_flags(tokenizer.token_bytes), **given)
+    caches = {"dense": DenseKV(), "SentenceKV": cache} if dense or args.dense else {"SentenceKV": cache}
+    talks = {name: Conversation(model, tokenizer, cache, args) for name, cache in caches.items()}
+    if args.load_cache:
+        talks["SentenceKV"].ids = cache.tokens()[0].tolist()
+    return talks
 
 def run(args):
     if args.max_new_tokens < 1:
@@ -178,29 +219,38 @@ def run(args):
                                   progress=progress("loading, tensor"))
     if device == "cpu" and args.model == str(TINY):
         torch.set_num_threads(1)                             # in a model this small threads only wait for each other
-    ids, asked, stop = prompts(args, tokenizer)
-    caches = {"SentenceKV": Watched(sentence_flags(tokenizer.token_bytes), **settings(args, not args.prompt_file))}
-    if args.dense or any(truth for _, _, truth in asked):
-        caches = {"dense": DenseKV(), **caches}
-    talks = {name: Conversation(model, tokenizer, cache, args) for name, cache in caches.items()}
-
-    print(f"{len(ids)} tokens of text, a Llama of {sum(p.numel() for p in model.parameters()):,} parameters in "
-          f"{model.norm.weight.dtype} on {device}, budget {caches['SentenceKV'].budget}\n"
-          f"{' '.join(tokenizer.decode(ids[:60]).split())[:110]} ...\n")
+    ids, asked, turn, stop = prompts(args, tokenizer)
+    talks = conversations(args, model, tokenizer, dense=any(truth for _, truth in asked))
+    ours = talks["SentenceKV"]
+    text = ids or ours.ids
+    print(f"{len(text)} tokens of text, a Llama of {sum(p.numel() for p in model.parameters()):,} parameters in "
+          f"{model.norm.weight.dtype} on {device}, budget {ours.cache.budget}\n"
+          f"{' '.join(tokenizer.decode(text[:60]).split())[:110]} ...\n")
     for name, talk in talks.items():
-        seconds, bytes_ = talk.read(ids, name), talk.cache.memory()
-        print(f"{name:10}  read in {seconds:.2f} s, KV cache: {bytes_['device'] / 1e6:6.2f} MB on the device, "
+        how = f"read in {talk.read(ids, name):.2f} s" if ids else "loaded"
+        bytes_ = talk.cache.memory()
+        print(f"{name:10}  {how}, KV cache: {bytes_['device'] / 1e6:6.2f} MB on the device, "
               f"{bytes_['host'] / 1e6:6.2f} MB in host memory")
-    for question_ids, question, truth in asked:
-        print(f"\n{question.strip()}" + (f"\n    {'truth':10}  {truth.strip()}" if truth else ""))
-        for name, talk in talks.items():
-            print(f"    {name:10} ", end="", flush=True)
-            for piece in talk.answer(question_ids, stop):
-                print(piece.replace("\n", "\n    "), end="", flush=True)
-            bytes_ = talk.cache.memory()
-            print(f"   [{statistics.median(talk.ms):.1f} ms/token, device {bytes_['device'] / 1e6:.2f} MB, "
-                  f"host {bytes_['host'] / 1e6:.2f} MB]")
-        talks["SentenceKV"].show_fetched(args.show, truth)
+    if args.save_cache:
+        ours.cache.save(args.save_cache)
+        print(f"saved to {args.save_cache}")
+    first = True
+    for question, truth in questions(asked, args.chat, lambda: ours.show_fetched(max(args.show, 1), None)):
+        answer(talks, question, truth, turn(question, first), stop)
+        first = False
+        if not args.chat:
+            ours.show_fetched(args.show, truth)
+
+def answer(talks, question, truth, ids, stop):
+    """Print what each cache answers to a question."""
+    print(f"\n{question.strip()}" + (f"\n    {'truth':10}  {truth.strip()}" if truth else ""))
+    for name, talk in talks.items():
+        print(f"    {name:10} ", end="", flush=True)
+        for piece in talk.answer(ids, stop):
+            print(piece.replace("\n", "\n    "), end="", flush=True)
+        bytes_ = talk.cache.memory()
+        print(f"   [{statistics.median(talk.ms):.1f} ms/token, device {bytes_['device'] / 1e6:.2f} MB, "
+              f"host {bytes_['host'] / 1e6:.2f} MB]", flush=True)
 
 def main(argv=None):
     """Returns the exit status: 0; 2, after one line that says why, for settings or files that cannot work; 130 after
@@ -211,7 +261,7 @@ def main(argv=None):
     except BrokenPipeError:                                  # the reader of our output has gone (| head)
         sys.stderr.close()
         return 141
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
