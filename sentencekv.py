@@ -376,7 +376,8 @@ class SentenceKV:
         self.prune = False
         if self.unjudged and not more:
             self._judge((self.lengths + new).tolist(), T)
-        if T > 1 or self.length % 64 == 0:
+        self.unasked += 1
+        if T > 1 or self.unasked == 64:
             self._look()
         self.text.reserve(0, self.length + T, tokens.T.reshape(T, B, 1, 1, 1))
         self.text.write(0, self.lengths + torch.arange(T, device=tokens.device)[:, None], tokens.T)
@@ -395,6 +396,7 @@ class SentenceKV:
         if self.prune:
             self.prompt = torch.tensor(lengths, device=self.lengths.device)      # (B,) what was pruned
             self.dropped = (self.prompt - survive).clamp(min=0)
+
     def _note(self, tokens, new):
         """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
         (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
@@ -407,17 +409,16 @@ class SentenceKV:
         starts &= real & (position >= self.sink)
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
         self.current = ids[:, -1]
-        # The host knows how many sentences there can be at most. When so many would not fit, it asks the device for the
-        # true number, and while decoding makes room for 63 more: the one sync of a step, in one of 64 steps at most.
-        self.bound += 1
-        ask = T > 1 or self.bound >= self.first.shape[1]
+        # A token starts one sentence at most. So the host asks the device for their number with a prompt, and else only
+        # once in 64 steps, and makes room for as many more: the one sync of a decode step.
+        ask = T > 1 or self.unasked == 64
         if ask:
-            self.bound = int(self.current.max()) + 1
-            more = max(self.bound, 1) + (63 if T == 1 else 0) + 1 - self.first.shape[1]
-            unborn = self.first[:, -1:].expand(-1, max(more, 0))                 # sentences start after the last token
+            self.unasked = 0
+            more = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
+            unborn = self.first[:, -1:].expand(-1, more)                         # sentences start after the last token
             self.first = torch.cat((self.first, unborn), dim=1)
             for mem in self.layers:
-                mem.vectors = F.pad(mem.vectors, (0, 0, 0, max(more, 0)))
+                mem.vectors = F.pad(mem.vectors, (0, 0, 0, more))
         count = torch.zeros_like(self.first).scatter_add_(1, ids + 1, real.long().expand(B, T))
         self.first = self.first + count.cumsum(1)                                # tokens before each sentence
         self.lengths = self.lengths + new
@@ -464,7 +465,7 @@ class SentenceKV:
         self.current, self.ended = self.lengths - 1, self.lengths                # (B,) open sentence; see segment
         self.queries = self.lengths                                              # (B,) number of queries in query_sum
         self.first = self.lengths[:, None].repeat(1, 1 if self.first is None else self.first.shape[1])   # (B, S + 1)
-        self.bound = 0                                                           # most sentences that there can be
+        self.unasked = 63                                                        # steps since the host asked; see _note
         self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
     def attend(self, layer, q, k, v):
@@ -484,9 +485,9 @@ class SentenceKV:
 
     def _watch(self, layer, *tensors):
         """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
-        worst = torch.stack([torch.linalg.vector_norm(x, float("inf")).float() for x in tensors]).sum()
-        self.broken = torch.where(worst.isfinite() | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer)
-        if not worst.is_cuda:
+        fine = torch.stack([torch.linalg.vector_norm(x, float("inf")) for x in tensors]).isfinite().all()
+        self.broken = torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer)
+        if not fine.is_cuda:
             self._look()
 
     def _look(self):

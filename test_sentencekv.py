@@ -107,9 +107,12 @@ def plain_attention(q, k, v):
 
 
 def fetched_tokens(cache):
-    """cache.fetched() as (layers, B, H, S): the tokens fetched of each sentence."""
+    """cache.fetched() as (layers, B, H, S): the tokens fetched of each of the S sentences that there are."""
     sentence, taken = (t.cpu() for t in cache.fetched())
-    return torch.zeros(*sentence.shape[:3], cache.first.shape[1] - 1, dtype=torch.long).scatter_(3, sentence, taken)
+    room = torch.zeros(*sentence.shape[:3], cache.first.shape[1] - 1, dtype=torch.long).scatter_(3, sentence, taken)
+    S = int(cache.current.max()) + 1
+    assert not room[..., S:].any()
+    return room[..., :S]
 
 
 class Feed:
@@ -960,11 +963,23 @@ def test_after_truncate_a_cache_is_what_it_would_be_had_the_rest_been_one_prompt
         assert_close(*outs)
         S = min(f.cache.first.shape[1] for f in (feed, fresh)) - 1    # room for sentences differs, not the sentences
         assert torch.equal(feed.cache.first[:, :S], fresh.cache.first[:, :S])
-        assert torch.equal(*(fetched_tokens(f.cache)[..., :S] for f in (feed, fresh)))
+        assert torch.equal(*(fetched_tokens(f.cache) for f in (feed, fresh)))
     else:
         assert feed.cache.length == n and feed.cache.tokens().tolist() == tokens.tolist()
         with pytest.raises(ValueError, match="what keep=r has pruned is gone"):
             feed.cache.truncate(int(feed.cache.prompt[0]) - 1 if feed.cache.prompt is not None else 0)
+
+
+def test_after_truncate_the_room_is_filled_however_many_short_sentences_come():
+    feed = Feed(0, Hq=2, H=1, d=4, budget=300, sink=2, recent=5)
+    feed.push(4000)
+    feed.cache.truncate(600)
+    feed.plain.tokens[0] = feed.plain.tokens[0][:600]
+    feed.k, feed.v = feed.k[..., :600, :], feed.v[..., :600, :]
+    for _ in range(280):                                              # each a sentence of its own, and asked for
+        k = torch.tensor([9.0, 0, 0, 0], dtype=torch.float64).view(1, 1, 1, 1, 4)
+        feed.push(1, torch.tensor([[3]]), q=k.expand(1, 1, 2, 1, 4), k=k)
+        assert int(feed.cache.fetched()[1].sum()) + len(feed.plain.near(0)) == 300
 
 
 def test_truncate_says_what_it_can_do():
@@ -1191,7 +1206,7 @@ def test_random_damage_to_a_cache_file_is_refused_or_harmless(tmp_path):
             assert str(path) in str(e) and "\n" not in str(e)
             continue
         harmless += 1
-        assert i % 2                                                  # without a right checksum nothing gets through
+        assert i % 2 or damaged == raw                                # without a right checksum nothing gets through
         logits = model(torch.tensor([[1], [1]]), loaded)              # and what does, works: keys are keys
         assert logits.shape == (2, 6)
     assert 0 < harmless < rounds / 2

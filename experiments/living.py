@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from model import SAFETENSORS, blame, demand, parse_json, read_safetensors
 from sentencekv import HostPool
@@ -203,15 +204,17 @@ def assemble(cls, tensors, settings, model):
 def expect(tensors, name, dtype, *shape):
     """The tensor of that name, type and shape (None: any size)."""
     t = tensors.get(name)
-    demand(t is not None and t.dtype == dtype and t.ndim == len(shape) and t.numel() > 0
-           and all(want in (None, n) for want, n in zip(shape, t.shape)), f"{name} is missing, or has a wrong type or shape")
+    fits = t is not None and t.dtype == dtype and t.ndim == len(shape) and t.numel() > 0
+    fits = fits and all(want in (None, n) for want, n in zip(shape, t.shape))
+    demand(fits, f"{name} is missing, or has a wrong type or shape")
     return t
 
 def add_layer(cache, parts, l, c, weight):
     """Layer l of the cache, from its tensors."""
     B, S, H, d, device = len(cache.lengths), cache.first.shape[1] - 1, c.num_key_value_heads, c.head_dim, weight.device
-    kv = expect(parts, "kv", weight.dtype, cache.slots, B, H, 2, d)
-    cache.new_layer(expect(parts, "vectors", weight.dtype, B, H, S, cache.rank[0] * d).to(device, copy=True),
+    kv, born = expect(parts, "kv", weight.dtype, cache.slots, B, H, 2, d), max(int(cache.current.max()) + 1, 1)
+    vectors = expect(parts, "vectors", weight.dtype, B, H, born, cache.rank[0] * d).to(device)
+    cache.new_layer(F.pad(vectors, (0, 0, 0, S - born)),
                     expect(parts, "query_sum", torch.float32, B, c.num_attention_heads, d).to(device, copy=True))
     if cache.prompt is not None:
         kept = cache.layers[l].kept_before = expect(parts, "kept_before", torch.int64, B, None).to(device, copy=True)
