@@ -166,8 +166,7 @@ def select(scores, start, length, near, width, k):
 
     scores (B, H, S); sentence s holds the length[b, s] tokens from start[b, s] on; a length of 0: no candidate. There
     are `width` places, the first near[b] of them are taken; the best k sentences must fill the rest.
-    No loop and no ragged tensor: laid end to end, place j belongs to the sentence whose cumulative length first
-    exceeds j.
+    No loop and no ragged tensor: laid end to end, a place belongs to the last sentence that has begun there.
     Returns token (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
 
     >>> scores, start, length = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5]]), torch.tensor([[3, 2, 4]])
@@ -181,8 +180,9 @@ def select(scores, start, length, near, width, k):
     near = near[:, None, None].expand(B, H, 1)
     stop = (length.gather(2, sentence).cumsum(-1) + near).clamp(max=width)       # (B, H, k) places begin .. stop - 1
     begin = torch.cat((near, stop[..., :-1]), dim=-1)
-    j = torch.arange(width, device=device).expand(B, H, width).contiguous()
-    owner = torch.searchsorted(stop, j, right=True).clamp(max=k - 1)             # (B, H, width)
+    begun = torch.zeros(B, H, width + 1, dtype=torch.long, device=device).scatter_add_(2, begin, torch.ones_like(begin))
+    owner = (begun.cumsum(-1)[..., :-1] - 1).clamp(min=0)                        # (B, H, width)
+    j = torch.arange(width, device=device)
     return (start.gather(2, sentence) - begin).gather(2, owner) + j, j < stop[..., -1:], sentence, stop - begin
 
 def attend_causal(q, k, v, before, step=512):
@@ -515,7 +515,7 @@ class SentenceKV:
 
     def _watch(self, layer, *tensors):
         """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
-        fine = torch.stack([torch.linalg.vector_norm(x, float("inf")) for x in tensors]).isfinite().all()
+        fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
         self.broken = torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer)
         if not fine.is_cuda:
             self._look()
