@@ -759,6 +759,17 @@ def test_staged_and_in_place_fetches_are_equal_to_the_bit(seed, heads, B, words,
     assert all(map(torch.equal, *outs))
 
 
+def test_the_staging_buffer_grows_with_what_is_fetched():
+    pool, kv = Staged(torch.device("cpu")), torch.randn(20, 2, 2, 2, 4)
+    pool.reserve(0, 20, kv)
+    pool.write(0, torch.arange(20)[:, None].expand(20, 2), kv)
+    for n in (3, 9, 5):
+        out, slot = torch.empty(n, 2, 2, 2, 4), torch.randint(20, (n, 2, 2))
+        pool.fetch(0, slot, out)
+        for i, b, h in itertools.product(range(n), range(2), range(2)):
+            assert torch.equal(out[i, b, h], kv[slot[i, b, h], b, h])
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: streams, pinned memory and zero "
                                                                       "copy cannot be run here")
 
