@@ -69,7 +69,7 @@ def segment(flags, ended, length, cap):
 
     flags (B, T): of the new tokens. Carried over from the tokens before: ended (B,) is HARD, SOFT or 0, how the last
     token left its sentence; length (B,) is the length of the open sentence. No sentence grows longer than `cap`.
-    Returns starts (B, T) bool and the new ended.
+    Returns starts (B, T) bool and the new (ended, length).
 
     >>> hello, stop, quote, says, two = 0, SOFT, EXTENDER, SPACE, SPACE         # hello . " says two
     >>> segment(torch.tensor([[hello, stop, quote, says, two]]), torch.tensor([0]), torch.tensor([0]), 64)[0].int()
@@ -92,7 +92,7 @@ def segment(flags, ended, length, cap):
     start = t[:, 1:].masked_fill(~starts, 0).cummax(1).values                    # 0: in an earlier call
     age = torch.where(start > 0, t[:, 1:] - start, t[:, :-1] + length[:, None])
     starts = starts | (age % cap == 0)
-    return starts, ended[:, -1]
+    return starts, ended[:, -1], age[:, -1] % cap + 1
 
 # ---------------------------------------------------------------------------- 2. prefill: what survives, and vectors
 
@@ -416,7 +416,7 @@ class SentenceKV:
         flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
         flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
         length = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]      # (B,) it is open
-        starts, ended = segment(flags, self.ended, length, self.max_sentence)
+        starts, ended, _ = segment(flags, self.ended, length, self.max_sentence)
         self.ended.copy_(ended)
         real = t < (new[:, None] if T > 1 else 1)                                # (B, T)
         starts &= real & (position >= self.sink)

@@ -615,7 +615,7 @@ def test_memory_is_the_sum_of_all_tensors_that_the_cache_holds():
 def sentences_of(tokens, cap=64):
     """Token strings -> the sentences that segment() makes of them."""
     flags = sentence_flags([t if t is None else t.encode() for t in tokens])[None]
-    starts, _ = segment(flags, torch.tensor([0]), torch.tensor([0]), cap)
+    starts, _, _ = segment(flags, torch.tensor([0]), torch.tensor([0]), cap)
     cuts = [*starts[0].nonzero()[:, 0].tolist(), len(tokens)]
     return ["".join(t or "<special>" for t in tokens[a:b]) for a, b in zip(cuts, cuts[1:])]
 
@@ -652,18 +652,15 @@ def test_text_without_punctuation_is_cut_at_the_length_cap():
 def test_streaming_and_bulk_segmentation_agree_and_no_sentence_exceeds_the_cap(flags, cap, data):
     flags = torch.tensor([flags, flags[::-1]], dtype=torch.uint8)
     zero = torch.zeros(2, dtype=torch.long)
-    bulk, state = segment(flags, zero, zero, cap)
+    bulk, *state = segment(flags, zero, zero, cap)
     at, ended, length, parts = 0, zero, zero, []
     while at < flags.shape[1]:
         n = data.draw(st.integers(1, 5))
-        starts, ended = segment(flags[:, at:at + n], ended, length, cap)
+        starts, ended, length = segment(flags[:, at:at + n], ended, length, cap)
         parts.append(starts)
-        at += starts.shape[1]
-        last = [max((i for i, x in enumerate(row) if x), default=None) for row in starts.tolist()]
-        length = torch.tensor([old + starts.shape[1] if i is None else starts.shape[1] - i
-                               for i, old in zip(last, length.tolist())])
+        at += n
     assert torch.equal(torch.cat(parts, 1), bulk)
-    assert torch.equal(ended, state)
+    assert torch.equal(ended, state[0]) and torch.equal(length, state[1])
     assert bulk[:, 0].all()
     for row in bulk:
         cuts = [*row.nonzero()[:, 0].tolist(), len(row)]
