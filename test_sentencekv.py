@@ -605,6 +605,10 @@ def test_memory_is_the_sum_of_all_tensors_that_the_cache_holds():
         elif hasattr(x, "__dict__"):
             walk(list(vars(x).values()))
     walk(feed.cache)
+    device = [feed.cache.flags, feed.cache.first, feed.cache.work]
+    device += [t for mem in feed.cache.layers for t in (mem.vectors, mem.query_sum, mem.kept_before)]
+    host = [*feed.cache.pool.kv.values(), *feed.cache.text.kv.values()]
+    assert feed.cache.memory() == {"device": sum(t.nbytes for t in device), "host": sum(t.nbytes for t in host)}
     total = sum(feed.cache.memory().values())
     assert total <= sum(found.values()) <= total + 40_000             # masks and indices of the last step
 
