@@ -226,12 +226,13 @@ class Llama(nn.Module):
 
     def check_memory(self, tokens, cache):
         """MemoryError before, instead of a crash after, reading tokens (B, T) that host memory cannot hold."""
-        c, weight, free = self.config, self.embed_tokens.weight, available_memory()
-        if hasattr(cache, "to_store") and free is not None:
-            count = cache.to_store(tokens) * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim
-            if count * weight.itemsize > free:
-                raise MemoryError(f"this prompt's cache takes {count * weight.itemsize / 1e9:.1f} GB of host memory, "
-                                  f"{free / 1e9:.1f} are free: shorten it, or let SentenceKV(keep=...) drop some of it")
+        c, weight, free, (B, T) = self.config, self.embed_tokens.weight, available_memory(), tokens.shape
+        if getattr(cache, "keep", None) is not None and cache.length == 0:
+            T = min(T, int(cache.keep * cache.budget))
+        need = B * T * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim * weight.itemsize
+        if free is not None and need > free and (hasattr(cache, "pool") or tokens.device.type == "cpu"):
+            raise MemoryError(f"this prompt's cache takes {need / 1e9:.1f} GB of host memory, {free / 1e9:.1f} are free: "
+                              "shorten it, or let SentenceKV(keep=...) drop some of it")
 
     @torch.no_grad()
     def generate(self, tokens, cache, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop_ids=(),
@@ -403,10 +404,6 @@ class DenseKV:
         demand(all(fits) and len(wanted) == len(self.lengths),
                f"truncate() takes lengths from 1 to {self.lengths}, got {lengths}")
         self.lengths = wanted
-
-    def to_store(self, tokens):
-        """How many tokens (B, T) adds to host memory."""
-        return tokens.numel() if tokens.device.type == "cpu" else 0
 
     def memory(self):
         """Bytes of all buffers: {"device": ..., "host": ...}."""

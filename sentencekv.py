@@ -655,11 +655,6 @@ class SentenceKV:
         self._note(F.pad(tokens, (0, 1), value=-1), lengths, ask=True)           # one at least is padding: a prompt
         self.slots = int((self.lengths - self.dropped).max())
 
-    def to_store(self, tokens):
-        """How many of a prompt's tokens (B, T) will be added to host memory."""
-        B, T = tokens.shape
-        return B * (min(T, int(self.keep * self.budget)) if self.keep is not None and self.length == 0 else T)
-
     def tokens(self):
         """All tokens (B, length) that went in, -1 after the end of a shorter row."""
         tokens = self.text.read(0, self.length).view(self.length, -1).T
