@@ -306,7 +306,8 @@ class GraphedStep:
 
     def __call__(self, tokens):
         """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
-        if not self.cache.steady():
+        now = (self.cache.plan, self.cache.pool, self.cache.text)               # others after a step or a fork elsewhere
+        if not self.cache.steady() or self.graph and any(a is not b for a, b in zip(now, self.at)):
             self.graph = None
             return self.model.compute(tokens, self.cache)
         if self.graph is None:
@@ -314,6 +315,7 @@ class GraphedStep:
             with torch.cuda.graph(self.graph):                                  # records, and runs nothing
                 self.logits = self.model.compute(self.tokens, self.cache)
                 self.cache.join()
+            self.at = (self.cache.plan, self.cache.pool, self.cache.text)
         else:
             self.cache.advance()
             self.tokens.copy_(tokens)

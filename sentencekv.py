@@ -25,6 +25,7 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
 A token's *position* counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from
 the paper, and why, is said in place after the word "Paper:".
 """
+import functools
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -190,17 +191,21 @@ def attend_causal(q, k, v, before, step=512):
 
     q (B, Hq, T, d), k and v (B, H, N, d) -> (B, Hq, T, d); the new tokens of row b follow on its `before[b]` old ones.
     """
-    (B, _, T, _), N, out = q.shape, k.shape[2], []
+    (B, Hq, T, d), (H, N), out = q.shape, k.shape[1:3], []
     for i in range(0, T, step):
         t = min(step, T - i)
+        x = q[:, :, i:i + t]                                                     # (B, Hq, t, d)
         if len(set(before)) == 1:
             seen = before[0] + i + t                                             # keys that the last of them sees
-            mask = causal_lower_right(t, seen)
-        else:
-            seen, last = N, torch.tensor(before, device=q.device)[:, None] + i + torch.arange(t, device=q.device)
+            x = F.scaled_dot_product_attention(x, k[:, :, :seen], v[:, :, :seen], causal_lower_right(t, seen),
+                                               enable_gqa=True)
+        else:                                                                    # few kernels take GQA and a mask
+            last = torch.tensor(before, device=q.device)[:, None] + i + torch.arange(t, device=q.device)    # (B, t)
             mask = (torch.arange(N, device=q.device) <= last[:, :, None])[:, None]           # (B, 1, t, N)
-        out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :seen], v[:, :, :seen], mask,
-                                                  enable_gqa=True))
+            folded = x.reshape(B, H, Hq // H * t, d)                             # a group's query heads as more queries
+            mask = mask.repeat(1, 1, Hq // H, 1)                                 # (B, 1, G * t, N)
+            x = F.scaled_dot_product_attention(folded, k, v, mask).view(B, Hq, t, d)
+        out.append(x)
     return torch.cat(out, dim=2)
 
 # ----------------------------------------------------------------------------------------------- 4. the host pool
@@ -214,6 +219,7 @@ def device_alias(host, device):
         raise RuntimeError("the pinned memory was copied instead of mapped")
     return alias.view(host.dtype).view(host.shape)
 
+@functools.cache
 def zero_copy_works(device):
     """Try it: what the CPU writes after the alias was made must be what the GPU reads."""
     try:
@@ -303,7 +309,10 @@ class HostPool:
     def wait(self):
         """What comes next on the device comes after all writes so far."""
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            here = torch.cuda.current_stream(self.device)
+            if torch.cuda.is_current_stream_capturing():
+                self.stream.wait_stream(here)                                    # to be part of the CUDA graph
+            here.wait_stream(self.stream)
 
     def aside(self, *tensors):
         """A context in which the device works on the side stream, on what it has computed so far."""
@@ -315,9 +324,14 @@ class HostPool:
         return torch.cuda.stream(self.stream)
 
     def finish(self):
-        """The device has done all it was told to."""
+        """The device has done all it was told to. Before memory is let go: PyTorch cannot know which kernels use an
+        alias of it."""
         if self.stream is not None:
             torch.cuda.synchronize(self.device)
+
+    def __del__(self):
+        if getattr(self, "stream", None) is not None and not torch.cuda.is_current_stream_capturing():
+            self.finish()
 
 # --------------------------------------------------------------------------------------------------- 5. the cache
 
@@ -391,9 +405,11 @@ class SentenceKV:
         ask = T > 1 or self.unasked == 64
         if ask:
             self._look()
-        self.reach = (max(self.before) if T > 1 else self.slots) + T + 64 * ask  # so many slots have to be there
-        self.text.reserve(0, self.length + T + 64 * ask, tokens.T.reshape(T, B, 1, 1, 1))
-        self.text.write(0, self.lengths + torch.arange(T, device=tokens.device)[:, None], tokens.T)
+        spare = 64 * (ask or self.plan is None)                                  # enough until it asks again
+        self.reach = (max(self.before) if T > 1 else self.slots) + T + spare     # so many slots have to be there
+        text = tokens.T.long().view(T, B, 1, 1, 1)
+        self.text.reserve(0, self.length + T + spare, text)
+        self.text.write(0, self.lengths + torch.arange(T, device=tokens.device)[:, None], text)
         positions = self._note(tokens, new, ask)
         self.slots = int((self.lengths - self.dropped).max()) if T > 1 else self.slots + 1
         return positions
@@ -426,6 +442,7 @@ class SentenceKV:
         # once in 64 steps, and makes room for as many more: the one sync of a decode step.
         if ask:
             self.unasked = 0
+            self.pool.wait()                                                     # a fetch beside may use what is replaced
             more = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
             unborn = self.first[:, -1:].expand(-1, more)                         # sentences start after the last token
             self.first = torch.cat((self.first, unborn), dim=1)
@@ -516,7 +533,7 @@ class SentenceKV:
     def _watch(self, layer, *tensors):
         """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
         fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
-        self.broken = torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer)
+        self.broken.copy_(torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer))
         if not fine.is_cuda:
             self._look()
 
@@ -622,7 +639,7 @@ class SentenceKV:
     def steady(self):
         """Will the next decode step launch what this one did? Then a CUDA graph may do it: advance() and a replay."""
         need(self.refresh == 1 and not self.lookahead, "a CUDA graph needs refresh=1 and lookahead=False")
-        return self.plan is not None and self.unasked < 63
+        return self.plan is not None and self.unasked < 63 and self.pool.in_place and self.text.in_place
 
     def advance(self):
         """The host's part of a decode step."""
@@ -683,6 +700,7 @@ class SentenceKV:
         first[b, s + 1] - 1 of the text, as long as keep=r has dropped none of it.
         """
         need(self.layers and self.layers[0].fetched, "nothing was fetched yet: this tells about the last decode step")
+        self.pool.wait()
         return [torch.stack(x) for x in zip(*(mem.fetched for mem in self.layers))]
 
     def memory(self):

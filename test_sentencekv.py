@@ -733,7 +733,7 @@ def test_the_papers_settings_are_one_preset():
 def test_sentencekv_imports_torch_and_the_standard_library_alone():
     source = (ROOT / "sentencekv.py").read_text()
     modules = re.findall(r"^(?:from|import) (\w+)", source, re.M)
-    assert set(modules) == {"contextlib", "torch", "types", "warnings"}
+    assert set(modules) == {"contextlib", "functools", "torch", "types", "warnings"}
 
 
 # ---------------------------------------------------------------------------------------- 12. the ways to fetch
@@ -787,7 +787,7 @@ def test_cuda_fetches_the_same_sentences_and_bits_as_the_cpu(zero_copy, setting)
             feeds[1].cache.pool.in_place = False
         assert_close(*outs, torch.float32)
         for l in range(3):
-            n = feeds[0].cache.length - feeds[0].cache.dropped
+            n = feeds[0].cache.slots
             torch.cuda.synchronize()
             a, b = (feed.cache.pool.kv[l][:n] for feed in feeds)
             assert torch.equal(a, b) and b.is_pinned()
@@ -866,6 +866,51 @@ def test_a_graph_is_captured_once_and_replayed_until_the_host_has_to_ask(monkeyp
                                      ["run capture run replay"] + ["replay"] * 62 + ["run capture run replay"])
 
 
+@needs_cuda
+def test_a_cuda_graph_after_a_fork_and_without_zero_copy_gives_the_same_tokens(tiny):
+    model, tokenizer, flags = tiny
+    model, flags = copy.deepcopy(model).cuda(), flags.cuda()
+    prompt = torch.tensor([tokenizer.encode(story(1000, seed=3)[0], bos=True)]).cuda()
+    texts = []
+    for graph, in_place in ((False, True), (True, True), (True, False)):
+        cache = SentenceKV(flags, budget=128)
+        model.prefill(prompt, cache)
+        cache.pool.in_place = cache.pool.in_place and in_place
+        texts.append([int(x) for x in model.generate(prompt[:, :1], cache.fork(), 200, cuda_graph=graph)])
+        steps = model.generate(prompt[:, :1], cache, 60, cuda_graph=graph)
+        texts[-1] += [int(next(steps)) for _ in range(20)]
+        cache.fork()                                                  # between two steps
+        texts[-1] += [int(x) for x in steps]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("how", ["prompt", "fork", "truncate", "load"])
+def test_the_pool_has_room_for_64_tokens_after_whatever_came_before(tmp_path, how):
+    """Else a step would have to wait for a larger one, or a replayed CUDA graph would write beyond it."""
+    model, cache, path = saved(tmp_path, max_sentence=5)
+    if how == "prompt":
+        model.prefill(torch.ones(2, 7, dtype=torch.long), cache)
+    elif how == "truncate":
+        cache.truncate([40, 33])
+    else:
+        cache = cache.fork() if how == "fork" else SentenceKV.load(path, model)
+    one = torch.ones(2, 1, dtype=torch.long)
+    model(one, cache)
+    places = lambda: [t.data_ptr() for pool in (cache.pool, cache.text) for t in pool.kv.values()]
+    before, steps = places(), 0
+    while cache.steady():
+        model(one, cache)
+        steps += 1
+        assert places() == before
+    assert steps >= 20
+
+
+def test_tokens_of_32_bits_are_taken_as_well():
+    model, cache = toy_model(), SentenceKV(TOY_FLAGS, budget=64)
+    ids = [*model.generate(torch.ones(1, 20, dtype=torch.int32), cache, 5)]
+    assert cache.tokens().tolist()[0] == [1] * 20 + [int(x) for x in ids[:-1]]
+
+
 def test_state_that_a_graph_reads_and_writes_stays_where_it_is():
     """A replay works on the tensors that were there when it was captured: between two prompts they must not move."""
     feed = Feed(0, 2, 4, 2, layers=2, budget=64, recent=8)
@@ -876,7 +921,8 @@ def test_state_that_a_graph_reads_and_writes_stays_where_it_is():
     def state():
         layers = [x for mem in c.layers for x in (mem.vectors, mem.query_sum)]
         pools = [*c.pool.kv.values(), *c.text.kv.values()]
-        return [t.data_ptr() for t in (c.lengths, c.current, c.ended, c.queries, c.first, c.work, *layers, *pools)]
+        state = (c.lengths, c.current, c.ended, c.queries, c.broken, c.first, c.work)
+        return [t.data_ptr() for t in (*state, *layers, *pools)]
     before = state()
     for _ in range(62):
         feed.push(1)

@@ -48,6 +48,10 @@ class Branch:
     def staging(self):
         return self.own.staging
 
+    @property
+    def in_place(self):
+        return self.own.in_place and self.base.in_place
+
     def reserve(self, layer, n, like):
         self.own.reserve(layer, n - self.offset, like)
 
@@ -121,7 +125,7 @@ def tensors_of(cache):
         tensors["prompt"] = cache.prompt
     for l, mem in enumerate(cache.layers):
         parts = cache.pool.read(l, cache.slots), mem.vectors[:, :, :S], mem.query_sum, mem.kept_before
-        tensors |= {f"layer.{l}.{name}": t for name, t in zip(TENSORS, parts) if t is not None}
+        tensors |= {f"layer.{l}.{name}": t.cpu() for name, t in zip(TENSORS, parts) if t is not None}
     return {name: t.cpu() for name, t in tensors.items()}
 
 def save(cache, path):
