@@ -7,7 +7,7 @@ output back; whatever the cache does in between (keep all of it, as DenseKV does
 memory, as sentencekv.py does) is none of the model's business. A cache has two methods:
 
     begin(tokens)            tokens (B, T) that come next -> their positions (B, T); called once per forward.
-                             Shorter rows of a prompt end with -1; begin(tokens, True): the prompt goes on
+                             Shorter rows of a prompt end with -1; begin(tokens, n): n more tokens of it follow
     attend(layer, q, k, v)   q (B, Hq, T, d), k and v (B, Hkv, T, d), rotated -> (B, Hq, T, d); once per layer
 
 Shapes: B rows, T new tokens, N tokens in the cache, D model width, Hq query heads, Hkv key-value heads,
@@ -180,10 +180,10 @@ class Llama(nn.Module):
         self.check(tokens)
         return self.compute(tokens, cache, all_logits, progress)
 
-    def compute(self, tokens, cache, all_logits=False, progress=None, more=False):
+    def compute(self, tokens, cache, all_logits=False, progress=None, more=0):
         """forward() of tokens that have been checked; a row may hold padding alone, its logits mean nothing."""
         (B, T), longest = tokens.shape, self.config.max_position_embeddings
-        positions = cache.begin(tokens, True) if more else cache.begin(tokens)  # (B, T)
+        positions = cache.begin(tokens, more) if more else cache.begin(tokens)  # (B, T)
         cache.model = self                                                      # whose keys and values it holds
         if getattr(cache, "length", 0) > longest:
             warnings.warn(f"the context is longer than the {longest} tokens that this model was made for")
@@ -218,7 +218,7 @@ class Llama(nn.Module):
         for n, (i, j) in enumerate(zip(cuts, cuts[1:])):
             report = progress and (lambda done, layers: progress(n * L + done, (len(cuts) - 1) * L))
             try:
-                new = self.compute(tokens[:, i:j], cache, progress=report, more=j < T)      # (B, V)
+                new = self.compute(tokens[:, i:j], cache, progress=report, more=T - j)      # (B, V)
             except torch.cuda.OutOfMemoryError as e:
                 raise MemoryError(f"out of device memory, reading {j - i} tokens at once: set a smaller chunk") from e
             logits = new if i == 0 else torch.where(tokens[:, i:i + 1] >= 0, new, logits)   # rows that have ended
@@ -231,8 +231,8 @@ class Llama(nn.Module):
             T = min(T, int(cache.keep * cache.budget))
         need = B * T * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim * weight.itemsize
         if free is not None and need > free and (hasattr(cache, "pool") or tokens.device.type == "cpu"):
-            raise MemoryError(f"this prompt's cache takes {need / 1e9:.1f} GB of host memory, {free / 1e9:.1f} are free: "
-                              "shorten it, or let SentenceKV(keep=...) drop some of it")
+            raise MemoryError(f"this prompt's cache takes {need / 1e9:.1f} GB of host memory, {free / 1e9:.1f} are free:"
+                              " shorten it, or let SentenceKV(keep=...) drop some of it")
 
     @torch.no_grad()
     def generate(self, tokens, cache, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop_ids=(),
@@ -306,7 +306,7 @@ class GraphedStep:
 
     def __call__(self, tokens):
         """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
-        now = (self.cache.plan, self.cache.pool, self.cache.text)               # others after a step or a fork elsewhere
+        now = (self.cache.plan, self.cache.pool, self.cache.text)               # others, after a step or fork elsewhere
         if not self.cache.steady() or self.graph and any(a is not b for a, b in zip(now, self.at)):
             self.graph = None
             return self.model.compute(tokens, self.cache)
@@ -371,7 +371,7 @@ class DenseKV:
         """Tokens in the longest row."""
         return max(self.lengths, default=0)
 
-    def begin(self, tokens, more=False):
+    def begin(self, tokens, more=0):
         """Take note of the tokens (B, T) that come next, -1 after the end of a row; return their positions (B, T)."""
         (B, T), rows = tokens.shape, len(self.lengths) or len(tokens)
         demand(rows == B, f"this cache holds {rows} rows, got tokens for {B}: use a new cache")

@@ -385,11 +385,11 @@ class SentenceKV:
         self.refresh, self.lookahead, self.width = refresh, lookahead, budget - refresh     # places filled by a fetch
         self.length, self.layers, self.pool, self.first, self.work = 0, [], None, None, None
 
-    def begin(self, tokens, more=False):
+    def begin(self, tokens, more=0):
         """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T).
 
-        Prompts of different length are filled up with -1 on the right. more=True: this prompt goes on in the next call,
-        so keep=r does not judge it yet.
+        Prompts of different length are filled up with -1 on the right. more: so many tokens of this prompt follow in
+        further calls; vectors are made, and keep=r judges, when it is complete.
         """
         B, T = tokens.shape
         if self.length == 0:
@@ -398,14 +398,15 @@ class SentenceKV:
         self.new = new = (tokens >= 0).sum(1) if T > 1 else 1                    # (B,) real tokens
         self.slot = self.lengths - self.dropped                                  # (B,) the first of them goes there
         self.before = self.slot.tolist() if T > 1 else None
-        self.prune = False
+        need(T > 1 or not self.more, "the last piece of a prompt must have more than one token")
+        self.prune, self.more = False, more
         if self.unjudged and not more:
             self._judge((self.lengths + new).tolist(), T)
         self.unasked += 1
         ask = T > 1 or self.unasked == 64
         if ask:
             self._look()
-        spare = 64 * (ask or self.plan is None)                                  # enough until it asks again
+        spare = 64 * (ask or self.plan is None) + more                           # enough until it asks again
         self.reach = (max(self.before) if T > 1 else self.slots) + T + spare     # so many slots have to be there
         text = tokens.T.long().view(T, B, 1, 1, 1)
         self.text.reserve(0, self.length + T + spare, text)
@@ -419,7 +420,6 @@ class SentenceKV:
         need(min(lengths) >= self.window, f"the observation window of {self.window} tokens is longer than the prompt "
              f"of {min(lengths)}: lower window, or use keep=None")
         survive = int(self.keep * self.budget)
-        need(T > 1 or max(lengths) <= survive, "with keep=r the last piece of a prompt must have more than one token")
         self.prune, self.unjudged = max(lengths) > survive, False
         if self.prune:
             self.prompt = torch.tensor(lengths, device=self.lengths.device)      # (B,) what was pruned
@@ -442,7 +442,7 @@ class SentenceKV:
         # once in 64 steps, and makes room for as many more: the one sync of a decode step.
         if ask:
             self.unasked = 0
-            self.pool.wait()                                                     # a fetch beside may use what is replaced
+            self.pool.wait()                                                     # no fetch uses what is replaced now
             more = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
             unborn = self.first[:, -1:].expand(-1, more)                         # sentences start after the last token
             self.first = torch.cat((self.first, unborn), dim=1)
@@ -481,7 +481,7 @@ class SentenceKV:
         # The tail's first sentence: where its tokens t are, and which of them are there.
         self.oldest_place = torch.where(t < plan.base, t - plan.tail + self.sink, t - plan.base + self.width)
         self.oldest_place = self.oldest_place.clamp(max=self.budget - 1).T       # (max_sentence, B)
-        self.oldest_ids = 1 - (t < torch.minimum(end, self.lengths[:, None])).long().T       # 0: there, 1: not
+        self.oldest_ids = 1 - (t < end).long().T                                 # 0: there, 1: not
         self.since += 1
         self.fetch_next = self.lookahead and self.since == self.refresh
         if self.fetch_next:
@@ -502,6 +502,7 @@ class SentenceKV:
         self.flags, self.pool, self.text = self.flags.to(device), HostPool(device), HostPool(device)     # text: tokens
         self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
         self.unjudged, self.prompt, self.slots = self.keep is not None, None, 0  # slots: of the row that has most
+        self.more = 0
         self._rewind()
 
     def _rewind(self):
@@ -575,6 +576,8 @@ class SentenceKV:
             self.pool.release(layer)
         self.pool.reserve(layer, self.slots + 64 if self.prune else self.reach, kv)
         self.pool.write(layer, slot, new)
+        if self.more:
+            return out
         start = self._slots(mem.kept_before)
         slot = torch.arange(len(kv), device=q.device).expand(B, -1).contiguous()
         ids = torch.searchsorted(start, slot, right=True)                        # (B, N) sentence + 1; padding: S + 1
@@ -664,7 +667,7 @@ class SentenceKV:
         self._replay(self.tokens(), lengths)
 
     def whole(self, what):
-        need(self.length and not self.unjudged, f"{what} needs a cache that has read a whole prompt")
+        need(self.length and not self.more, f"{what} needs a cache that has read a whole prompt")
 
     def _replay(self, tokens, lengths):
         """The state after these tokens (B, T), whose keys and values are in the pool."""

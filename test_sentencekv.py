@@ -132,7 +132,7 @@ class Feed:
     def random(self, *shape):
         return torch.randn(*shape, generator=self.rng, dtype=torch.float64).to(self.dtype)
 
-    def push(self, T, tokens=None, q=None, k=None, v=None, more=False):
+    def push(self, T, tokens=None, q=None, k=None, v=None, more=0):
         """T more tokens through all layers -> outputs (layers, B, Hq, T, d); keeps q, k, v of the call."""
         if tokens is None:
             tokens = torch.multinomial(self.weights, self.B * T, True, generator=self.rng).view(self.B, T)
@@ -384,11 +384,12 @@ def test_nothing_kept_is_ever_unreachable(rank):
 
 
 @quick
-@given(**small)
+@given(refresh=st.integers(1, 5), lookahead=st.booleans(), **{**small, "budget": st.integers(17, 60)})
 def test_vectors_are_the_means_or_bounds_of_exactly_the_sentences_keys(seed, heads, B, words, T, budget, sink, recent,
-                                                                       rank):
-    feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
-    for length in (T, 1, 1, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1):
+                                                                       rank, refresh, lookahead):
+    feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank,
+                refresh=refresh, lookahead=lookahead)
+    for length in (T, 1, 1, 1, 5, *[1] * 20):
         feed.push(length)
     for b in range(B):
         ids = feed.plain.sentences(b)
@@ -1104,7 +1105,7 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
     for i, n in enumerate(pieces):
         piece = slice(at, at + n)
         out.append(parts.push(n, torch.tensor(whole.plain.tokens)[:, piece], whole.q[..., piece, :],
-                              whole.k[..., piece, :], whole.v[..., piece, :], more=i < len(pieces) - 1))
+                              whole.k[..., piece, :], whole.v[..., piece, :], more=sum(pieces[i + 1:])))
         at += n
     assert_close(torch.cat(out, 3), whole.causal())
     assert parts.cache.dropped.tolist() == whole.cache.dropped.tolist()
@@ -1121,7 +1122,7 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
 
 def test_a_prompt_that_goes_on_cannot_be_forked_cut_saved_or_pruned_by_one_token():
     feed = Feed(0, budget=24, sink=2, recent=5, window=4, keep=1, max_sentence=9)
-    feed.push(60, more=True)
+    feed.push(60, more=2)
     for name, call in (("fork", feed.cache.fork), ("truncate", lambda: feed.cache.truncate(30)),
                        ("save", lambda: feed.cache.save("nowhere"))):
         with pytest.raises(ValueError, match=rf"{name}\(\) needs a cache that has read a whole prompt"):
@@ -1551,9 +1552,9 @@ def test_prefill_cuts_a_prompt_so_that_no_piece_is_a_decode_step(T, chunk, piece
     model, cache, seen, reports = toy_model(), DenseKV(), [], []
     begin = cache.begin
     monkeypatch.setattr(cache, "begin",
-                        lambda tokens, more=False: seen.append((tokens.shape[1], more)) or begin(tokens))
+                        lambda tokens, more=0: seen.append((tokens.shape[1], more)) or begin(tokens))
     model.prefill(torch.ones(1, T, dtype=torch.long), cache, chunk, lambda *report: reports.append(report))
-    assert [n for n, _ in seen] == pieces and [more for _, more in seen] == [True] * (len(pieces) - 1) + [False]
+    assert seen == [(n, sum(pieces[i + 1:])) for i, n in enumerate(pieces)]
     assert reports == [(i + 1, 2 * len(pieces)) for i in range(2 * len(pieces))]
 
 
