@@ -10,7 +10,7 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -73,10 +73,11 @@ def summary(times):
     """The median and the span of the middle half.
 
     >>> summary([5, 1, 2, 3, 4])
-    {'ms': 3, 'low': 2, 'high': 4, 'rounds': 5}
+    {'ms': 3, 'low': 2, 'high': 4, 'mean': 3, 'rounds': 5}
     """
     t = sorted(times)
-    return {"ms": statistics.median(t), "low": t[len(t) // 4], "high": t[(3 * len(t) - 1) // 4], "rounds": len(t)}
+    return {"ms": statistics.median(t), "low": t[len(t) // 4], "high": t[(3 * len(t) - 1) // 4],
+            "mean": statistics.mean(t), "rounds": len(t)}
 
 # --------------------------------------------------------------------------------------------- text and settings
 
@@ -100,7 +101,7 @@ OPTIONS = {  # what is compared, each option by itself; those that the construct
 def options(budget):
     """{name: settings of SentenceKV}."""
     known = inspect.signature(SentenceKV).parameters
-    return {name: dict(s, budget=budget) for name, s in OPTIONS.items() if s.keys() <= known.keys()}
+    return {f"SentenceKV, {name}": dict(s, budget=budget) for name, s in OPTIONS.items() if s.keys() <= known.keys()}
 
 # ------------------------------------------------------------------------------------------------ filled caches
 
@@ -113,15 +114,15 @@ class Hosts:
     @contextmanager
     def lent(self):
         """While this lasts, new pools get their memory for K and V from here."""
-        turn, make = Counter(), HostPool.allocate
+        layers, make = [], HostPool.allocate
 
         def allocate(pool, shape, dtype):
             if len(shape) != 5 or shape[3] != 2:                                 # not (C, B, H, 2, d)
                 return make(pool, shape, dtype)
-            kind, size = self.kinds[tuple(shape), dtype], math.prod(shape) * dtype.itemsize
+            i, shape = len(layers), tuple(layers[0] if layers else shape)        # all layers are like the first
+            layers.append(shape)
+            kind, size = self.kinds[shape, dtype], math.prod(shape) * dtype.itemsize
             size = 1 << (size - 1).bit_length() if pool.pinned else size         # as PyTorch rounds pinned blocks
-            i = turn[tuple(shape)]
-            turn[tuple(shape)] += 1
             if i >= len(kind) and (not kind or (len(kind) + 1) * size <= self.most):
                 kind.append(make(pool, shape, dtype))
                 kind[-1].copy_(kind[0])
@@ -229,7 +230,11 @@ def needed(config, n, itemsize, variants):
     return 8 * layer + variants * config.num_hidden_layers * layer // 15
 
 def whole_model(model, n, budget, only=None):
-    """({name: a cache that holds n random tokens in all layers}, how layers share memory); only: the names wanted."""
+    """({name: a cache that holds n random tokens in all layers}, how layers share memory); only: the names wanted.
+
+    The random numbers are the same every time.
+    """
+    torch.manual_seed(0)
     c, weight = model.config, model.embed_tokens.weight
     L, H, group = c.num_hidden_layers, c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     device, host = room_for(weight.device)
@@ -240,15 +245,22 @@ def whole_model(model, n, budget, only=None):
         caches = {"dense, SDPA": Dense(folded, keys, values, n), "dense, matmul": Dense(matmul, keys, values, n)}
     if weight.is_cuda and wanted("dense, offloaded"):
         caches["dense, offloaded"] = Offloaded(folded, k, v, L, host // 4)
-    for name, settings in options(budget).items():
-        if wanted(f"SentenceKV, {name}"):
-            caches[f"SentenceKV, {name}"] = filled(k, v, group, L, hosts, c.vocab_size, **settings)
+    settings = options(budget)
+    if weight.is_cuda:
+        more = [", staged"] + [", graph"] * ("cuda_graph" in inspect.signature(model.generate).parameters)
+        settings |= {f"SentenceKV, bounds{name}": settings["SentenceKV, bounds"] for name in more}
+    for name in filter(wanted, settings):
+        caches[name] = filled(k, v, group, L, hosts, c.vocab_size, **settings[name])
+        caches[name].pool.in_place &= not name.endswith("staged")
     pools = min([L, *(len(kind) for kind in hosts.kinds.values())])
     size = 2 * k.nbytes / 1e6
     return caches, f"{L} layers use {len(set(map(id, keys)))} dense buffers and {pools} pools of {size:.0f} MB"
 
-def decoding(model, cache, **settings):
-    """A function that does one decode step of the whole model: greedy generation, one token a call."""
+def decoding(model, cache, name=""):
+    """A function that does one decode step of the whole model: greedy generation, one token a call.
+
+    name: what whole_model() calls the cache; it tells whether a CUDA graph is wanted.
+    """
     start = torch.zeros(1, 1, dtype=torch.long, device=model.embed_tokens.weight.device)
-    tokens = model.generate(start, cache, 1 << 30, **settings)
+    tokens = model.generate(start, cache, 1 << 30, **({"cuda_graph": True} if name.endswith("graph") else {}))
     return lambda: next(tokens)
