@@ -40,16 +40,21 @@ def sanitizer():
     return tool and [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9",
                      sys.executable, __file__, "--section", "small"]
 
-SECTIONS = {  # name: (seconds at most, function of the seconds or command)
+decoding = lambda n: lambda seconds: decode(n, seconds)
+SECTIONS = {  # name: (seconds at most, function of the seconds or command); what matters most comes first
     "bandwidth": (40, bandwidth),
     "fetch": (60, fetch),
     "tests": (100, [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda or gpu or in_flight or graph"]),
-    **{f"decode-{short(n)}": (most, lambda seconds, n=n: decode(n, seconds))
-       for n, most in ((131072, 100), (8192, 45), (262144, 75), (32768, 45))},
+    "decode-128K": (100, decoding(131072)),
+    "decode-8K": (45, decoding(8192)),
     "graph": (60, graph),
-    "prefill": (150, prefill),
-    "sanitizer": (80, sanitizer),
+    "sanitizer": (70, sanitizer),
+    "decode-256K": (75, decoding(262144)),
+    "decode-32K": (45, decoding(32768)),
+    "prefill": (170, prefill),
 }
+
+LEAST = 19                                              # seconds; with less it is not worth starting
 
 def run_section(name, seconds, file):
     """Run it in a process group of its own: "ok", "failed" or "out of time"."""
@@ -59,7 +64,7 @@ def run_section(name, seconds, file):
         return "left out: no such tool here"
     if not isinstance(command, list):
         command = [sys.executable, __file__, "--section", name, "--seconds", str(seconds)]
-    environment = {**os.environ, "GPU_CHECK_FILE": str(file)}
+    environment = {**os.environ, "GPU_CHECK_FILE": str(file), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return "failed" if process.wait(seconds) else "ok"
@@ -94,19 +99,21 @@ def everything(only, minutes, out):
     """All sections, one after the other; the exit status."""
     start, results, file = time.monotonic(), {}, Path(tempfile.mkdtemp()) / "section.json"
     out.mkdir(parents=True, exist_ok=True)
+    setup = measure.setup("cuda")
+    print("{command}\n{machine}, torch {torch}".format(**setup), flush=True)
     for name in only:
         seconds = min(SECTIONS[name][0], int(60 * minutes - (time.monotonic() - start)))
         print(f"\n== {name}, {seconds} s at most", flush=True)
         file.unlink(missing_ok=True)
         begun = time.monotonic()
-        outcome = run_section(name, seconds, file) if seconds >= 20 else "left out: no time left"
+        outcome = run_section(name, seconds, file) if seconds > LEAST else "left out: no time left"
         try:
             results[name] = json.loads(file.read_text())
         except (OSError, ValueError):
             results[name] = {}
         results[name] |= {"outcome": outcome, "took": time.monotonic() - begun}
         print(f"== {name}: {outcome}, {time.monotonic() - begun:.0f} s", flush=True)
-        (out / "gpu_check.json").write_text(json.dumps({**measure.setup("cpu"), "sections": results}, indent=1) + "\n")
+        (out / "gpu_check.json").write_text(json.dumps({**setup, "sections": results}, indent=1) + "\n")
     targets(results)
     lines = {}
     for row in sorted((r for x in results.values() for r in x.get("rows", [])), key=lambda r: r["tokens"]):

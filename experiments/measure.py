@@ -95,8 +95,7 @@ def made_up_flags(vocabulary=2):
 
 OPTIONS = {  # what is compared, each option by itself; those that the constructor does not know are left out
     "mean": dict(rank="mean"), "bounds": dict(rank="bounds"), "bounds, keep=2": dict(rank="bounds", keep=2),
-    "bounds, refresh=8": dict(rank="bounds", refresh=8), "bounds, lookahead": dict(rank="bounds", lookahead=True),
-    "mean, refresh=8": dict(rank="mean", refresh=8), "mean, lookahead": dict(rank="mean", lookahead=True)}
+    "bounds, refresh=8": dict(rank="bounds", refresh=8), "bounds, lookahead": dict(rank="bounds", lookahead=True)}
 
 def options(budget):
     """{name: settings of SentenceKV}."""
@@ -184,7 +183,7 @@ class Offloaded(Dense):
         self.attention, self.lengths, self.turn, self.started = attention, [k.shape[2]], 0, False
         kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4)                   # (n, B, H, 2, d)
         shape, own = (len(kv) + SPARE, *kv.shape[1:]), max(1, min(layers, most // (2 * kv.nbytes)))  # pinned: rounded
-        own = [torch.zeros(shape, dtype=k.dtype, pin_memory=True) for _ in range(own)]
+        own = [torch.zeros(shape, dtype=k.dtype, pin_memory=k.is_cuda) for _ in range(own)]
         for host in own:
             host[:len(kv)] = kv.cpu()
         self.host = [own[layer % len(own)] for layer in range(layers)]

@@ -53,6 +53,9 @@ class Report:
     def write(self):
         if self.args.json:
             Path(self.args.json).write_text(json.dumps({**self.setup, "results": self.rows}, indent=1) + "\n")
+
+    def plot(self):
+        """One file for each mode, of the name asked for if there is but one."""
         modes = list(dict.fromkeys(row["mode"] for row in self.rows if "ms" in row))
         for mode in modes if self.args.svg else []:
             lines, path = {}, Path(self.args.svg)
@@ -244,6 +247,7 @@ def main(argv=None):
         for run in [layer, whole, prefill] if args.quick and chosen == [layer] else chosen:
             run(report, args)
             report.write()
+        report.plot()
     except (ValueError, MemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
