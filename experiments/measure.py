@@ -152,8 +152,12 @@ def folded(q, k, v):
 
 def matmul(q, k, v):
     """As in Meta's and Hugging Face's own code (softmax in float32), but without expanding K and V."""
-    scores = (q.view(1, k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5) @ k.transpose(2, 3)    # (1, H, G, N)
-    return (torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v).reshape(q.shape)
+    H, d = k.shape[1], q.shape[3]
+    heads, out = (q.view(H, -1, d) * d ** -0.5, k[0], v[0]), []                  # (H, G, d), (H, N, d), (H, N, d)
+    # On a CPU a batched product would copy K and V that are slices of larger buffers: there, head by head.
+    for q_, k_, v_ in [heads] if q.is_cuda or k.is_contiguous() else zip(*heads):
+        out.append(torch.softmax(q_ @ k_.mT, dim=-1, dtype=torch.float32).to(v.dtype) @ v_)
+    return torch.stack(out).reshape(q.shape)
 
 class Dense(DenseKV):
     """A DenseKV that holds n tokens and attends at decode steps in the given way. keys, values: one per layer."""
