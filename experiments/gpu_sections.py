@@ -14,7 +14,8 @@ from unittest import mock
 import torch
 
 from experiments import measure
-from experiments.measure import decoding, interleaved, made_up_flags, made_up_tokens, summary, whole_model
+from experiments.measure import (decoding, interleaved, made_up_flags, made_up_tokens, summary, weights_read,
+                                 whole_model)
 from experiments.parts import Parts, parts_of
 from experiments.svg import short
 from model import Llama, available_memory
@@ -173,7 +174,7 @@ def tell(n, name, times, weights, moved, speed):
 def decode(n, seconds):
     """A decode step of the whole model on n tokens, all variants in turn; then 8 steps of one of them in parts."""
     model, speed, start = random_model(), bandwidths(), time.monotonic()
-    c, weights = model.config, sum(p.nbytes for p in model.parameters())
+    c, weights = model.config, weights_read(model)
     names = [name for name, s in measure.options(BUDGET).items() if "keep" not in s]
     names += ["dense, SDPA", "dense, matmul", "SentenceKV, bounds, staged"] + ["dense, offloaded"] * (n == 131072)
     caches, shared = whole_model(model, n, BUDGET, names)
@@ -213,7 +214,7 @@ def graph(seconds):
     if "cuda_graph" not in inspect.signature(Llama.generate).parameters:
         return print("  left out: generate() knows no cuda_graph", flush=True)
     model, speed, names = random_model(), bandwidths(), ["SentenceKV, bounds", "SentenceKV, bounds, graph"]
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = weights_read(model)
     for n in (8192, 131072):
         caches, _ = whole_model(model, n, BUDGET, names)
         steps = {name: decoding(model, cache, name) for name, cache in caches.items()}
@@ -251,7 +252,7 @@ def prefill(seconds):
             print(f"  out of time after {reached[0] / reached[1]:.0%} of {short(n)} tokens and layers", flush=True)
         torch.cuda.synchronize()
     took, peak, ms = time.monotonic() - start, torch.cuda.max_memory_allocated(), parts.ms
-    building = sum(t for part, t in ms.items() if part != "attention") / 1e3
+    building = sum(t for part, t in ms.items() if part not in ("attention", "read back")) / 1e3
     save(seconds=took, peak=peak, parts=ms, share=reached[0] / reached[1], building=building / took)
     split = ", ".join(f"{part} {t / 1e3:.2f}" for part, t in ms.items())
     print(f"  {took:.1f} s, peak {peak / 1e9:.2f} GB with the weights; sentences (segmentation, vectors, packing, "

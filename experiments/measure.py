@@ -259,6 +259,11 @@ def whole_model(model, n, budget, only=None):
     size = 2 * k.nbytes / 1e6
     return caches, f"{L} layers use {len(set(map(id, keys)))} dense buffers and {pools} pools of {size:.0f} MB"
 
+def weights_read(model):
+    """Bytes of the weights that a decode step reads: not the embeddings, unless they are the output matrix as well."""
+    tied = model.lm_head is None
+    return sum(p.nbytes for p in model.parameters() if tied or p is not model.embed_tokens.weight)
+
 def decoding(model, cache, name=""):
     """A function that does one decode step of the whole model: greedy generation, one token a call.
 

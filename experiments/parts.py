@@ -14,9 +14,9 @@ from experiments.measure import Dense, timed
 from sentencekv import HostPool, SentenceKV
 
 FUNCTIONS = [(sentencekv, "select", "ranking: pick"), (HostPool, "fetch", "fetch"), (HostPool, "write", "store"),
-             (HostPool, "reserve", "store"), (SentenceKV, "begin", "begin (segmentation, masks)"),
-             (sentencekv, "importance", "importance"), (sentencekv, "survivors", "importance"),
-             (sentencekv, "reduce_keys", "vectors"), (sentencekv, "attend_causal", "attention"),
+             (HostPool, "reserve", "store"), (HostPool, "read", "read back"), (sentencekv, "reduce_keys", "vectors"),
+             (SentenceKV, "begin", "begin (segmentation, masks)"), (sentencekv, "importance", "importance"),
+             (sentencekv, "survivors", "importance"), (sentencekv, "attend_causal", "attention"),
              (model, "causal_attention", "attention"), (Dense, "attend", "attention")]
 PRODUCTS = (torch.Tensor.matmul, torch.matmul, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.einsum)
 OPS = {**dict.fromkeys(PRODUCTS, "ranking: product"), F.scaled_dot_product_attention: "attention",
