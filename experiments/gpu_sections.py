@@ -173,7 +173,7 @@ def tell(n, name, times, weights, moved, speed):
 
 def decode(n, seconds):
     """A decode step of the whole model on n tokens, all variants in turn; then 8 steps of one of them in parts."""
-    model, speed, start = random_model(), bandwidths(), time.monotonic()
+    start, model, speed = time.monotonic(), random_model(), bandwidths()
     c, weights = model.config, weights_read(model)
     names = [name for name, s in measure.options(BUDGET).items() if "keep" not in s]
     names += ["dense, SDPA", "dense, matmul", "SentenceKV, bounds, staged"] + ["dense, offloaded"] * (n == 131072)
@@ -184,8 +184,8 @@ def decode(n, seconds):
     steps = {name: (decoding(model, cache), 1 if "offloaded" in name else CYCLE, None)
              for name, cache in caches.items()}
     parts = {name: parts_of(step, cycle, "cuda", cycle) for name, (step, cycle, _) in steps.items()}
-    late = time.monotonic() - start > seconds / 2
-    times, _ = interleaved(steps, 5 if late else 13, "cuda")
+    until = start + seconds - (50 if n == 131072 else 20)
+    times, _ = interleaved(steps, 13, "cuda", until=until)
     for name, t in times.items():
         layer = 4 * n * c.num_key_value_heads * c.head_dim                       # bytes
         tell(n, name, t, weights, c.num_hidden_layers * layer if "offloaded" in name else parts[name][1], speed)
@@ -233,7 +233,7 @@ def prefill(seconds):
 
     Room for all of them is made with the first piece: growing piece by piece leaves pinned blocks of all sizes behind.
     """
-    model, reached, end, reserve = random_model(), [0, 1], time.monotonic() + seconds - 15, HostPool.reserve
+    model, reached, end, reserve = random_model(), [0, 1], time.monotonic() + seconds - 25, HostPool.reserve
     n, V = PROMPT if (available_memory() or 0) > 90e9 else PROMPT // 2, model.config.vocab_size
     tokens = made_up_tokens(n, vocabulary=V).cuda()
     model.prefill(tokens[:, :4096], SentenceKV(made_up_flags(V), budget=BUDGET))            # libraries are loaded

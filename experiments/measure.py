@@ -51,14 +51,16 @@ def timed(f, device):
     wait(device)
     return 1e3 * (time.perf_counter() - start)
 
-def interleaved(variants, rounds, device, warm=2):
+def interleaved(variants, rounds, device, warm=2, until=float("inf")):
     """{name: [ms per step, one number a round]}, and the same of what comes before a step, if that is told apart.
 
     variants {name: (step, n, before or None)}: n steps of each in turn, again and again; what re-selects only every
-    n-th step is thus measured over whole cycles.
+    n-th step is thus measured over whole cycles. From the time `until` (time.monotonic) on, no round is begun but one.
     """
     times, befores = {name: [] for name in variants}, {name: [] for name in variants}
     for r in range(rounds + warm):
+        if r > warm and time.monotonic() > until:
+            break
         for name, (step, n, before) in variants.items():
             if before is None:
                 ms = timed(lambda: [step() for _ in range(n)], device), 0.0
