@@ -226,22 +226,23 @@ class Llama(nn.Module):
 
     def check_memory(self, tokens, cache):
         """MemoryError before, instead of a crash after, reading tokens (B, T) that host memory cannot hold."""
-        c, weight, free = self.config, self.embed_tokens.weight, available_memory()
-        if hasattr(cache, "to_store") and free is not None:
-            count = cache.to_store(tokens) * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim
-            if count * weight.itemsize > free:
-                raise MemoryError(f"this prompt's cache takes {count * weight.itemsize / 1e9:.1f} GB of host memory, "
-                                  f"{free / 1e9:.1f} are free: shorten it, or let SentenceKV(keep=...) drop some of it")
+        c, weight, free, (B, T) = self.config, self.embed_tokens.weight, available_memory(), tokens.shape
+        if getattr(cache, "keep", None) is not None and cache.length == 0:
+            T = min(T, int(cache.keep * cache.budget))
+        need = B * T * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim * weight.itemsize
+        if free is not None and need > free and (hasattr(cache, "pool") or tokens.device.type == "cpu"):
+            raise MemoryError(f"this prompt's cache takes {need / 1e9:.1f} GB of host memory, {free / 1e9:.1f} are free: "
+                              "shorten it, or let SentenceKV(keep=...) drop some of it")
 
     @torch.no_grad()
     def generate(self, tokens, cache, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop_ids=(),
-                 progress=None, chunk=None):
+                 progress=None, chunk=None, cuda_graph=False):
         """Stream new tokens: yields one (B,) tensor of ids per step. tokens (B, T) is what the cache has not seen.
 
         temperature 0 is greedy; otherwise samples from the smallest set of tokens whose probability reaches top_p.
         A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends. In the
         end the cache holds for each row what it would hold had the row been alone: all but the token yielded last.
-        chunk: see prefill. ValueError, at the first step, for arguments that make no sense.
+        chunk: see prefill; cuda_graph: see GraphedStep. ValueError, at the first step, for arguments without sense.
         """
         demand(type(max_new_tokens) is int and max_new_tokens >= 0,
                f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
@@ -249,13 +250,16 @@ class Llama(nn.Module):
         demand(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
         demand(seed is None or type(seed) is int and 0 <= seed < 1 << 63,
                f"seed must be None or a whole number from 0 to 2^63 - 1, got {seed!r}")
+        demand(not cuda_graph or tokens.is_cuda and hasattr(cache, "steady"),
+               "cuda_graph needs a CUDA device and a cache that keeps its state in place, as SentenceKV does")
+        step_of = GraphedStep(self, cache) if cuda_graph else lambda tokens: self(tokens, cache)
         rng = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=tokens.device)
         last = done = torch.zeros(tokens.shape[:1], dtype=torch.bool, device=tokens.device)
         beyond = done.long()                                                                # (B,) read after the end
         try:
             for step in range(max_new_tokens):
-                logits = self(tokens, cache) if step else self.prefill(tokens, cache, chunk, progress)      # (B, V)
+                logits = step_of(tokens) if step else self.prefill(tokens, cache, chunk, progress)          # (B, V)
                 beyond += done
                 last = torch.where(done, last, sample(logits, temperature, top_p, rng))     # (B,)
                 yield last
@@ -293,6 +297,28 @@ class Llama(nn.Module):
         if os.path.isfile(path / "params.json"):
             return from_meta_layout(assemble(path, *read_meta(path), meta_name, device, dtype, progress))
         raise FileNotFoundError(f"{path}: no config.json (Hugging Face) and no params.json (Meta) in it")
+
+class GraphedStep:
+    """Decode steps of a CUDA device as one launch: a CUDA graph, captured anew whenever the cache's shapes change."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.graph = model, cache, None
+
+    def __call__(self, tokens):
+        """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
+        if not self.cache.steady():
+            self.graph = None
+            return self.model.compute(tokens, self.cache)
+        if self.graph is None:
+            self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
+            with torch.cuda.graph(self.graph):                                  # records, and runs nothing
+                self.logits = self.model.compute(self.tokens, self.cache)
+                self.cache.join()
+        else:
+            self.cache.advance()
+            self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits
 
 def sample(logits, temperature=0.0, top_p=1.0, rng=None):
     """logits (B, V) -> ids (B,). Nucleus sampling; temperature 0 takes the largest logit."""
@@ -378,10 +404,6 @@ class DenseKV:
         demand(all(fits) and len(wanted) == len(self.lengths),
                f"truncate() takes lengths from 1 to {self.lengths}, got {lengths}")
         self.lengths = wanted
-
-    def to_store(self, tokens):
-        """How many tokens (B, T) adds to host memory."""
-        return tokens.numel() if tokens.device.type == "cpu" else 0
 
     def memory(self):
         """Bytes of all buffers: {"device": ..., "host": ...}."""

@@ -26,6 +26,7 @@ A token's *position* counts the text, its *slot* the pool; they differ by what k
 the paper, and why, is said in place after the word "Paper:".
 """
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -68,7 +69,7 @@ def segment(flags, ended, length, cap):
 
     flags (B, T): of the new tokens. Carried over from the tokens before: ended (B,) is HARD, SOFT or 0, how the last
     token left its sentence; length (B,) is the length of the open sentence. No sentence grows longer than `cap`.
-    Returns starts (B, T) bool and the new ended.
+    Returns starts (B, T) bool and the new (ended, length).
 
     >>> hello, stop, quote, says, two = 0, SOFT, EXTENDER, SPACE, SPACE         # hello . " says two
     >>> segment(torch.tensor([[hello, stop, quote, says, two]]), torch.tensor([0]), torch.tensor([0]), 64)[0].int()
@@ -91,7 +92,7 @@ def segment(flags, ended, length, cap):
     start = t[:, 1:].masked_fill(~starts, 0).cummax(1).values                    # 0: in an earlier call
     age = torch.where(start > 0, t[:, 1:] - start, t[:, :-1] + length[:, None])
     starts = starts | (age % cap == 0)
-    return starts, ended[:, -1]
+    return starts, ended[:, -1], age[:, -1] % cap + 1
 
 # ---------------------------------------------------------------------------- 2. prefill: what survives, and vectors
 
@@ -165,8 +166,7 @@ def select(scores, start, length, near, width, k):
 
     scores (B, H, S); sentence s holds the length[b, s] tokens from start[b, s] on; a length of 0: no candidate. There
     are `width` places, the first near[b] of them are taken; the best k sentences must fill the rest.
-    No loop and no ragged tensor: laid end to end, place j belongs to the sentence whose cumulative length first
-    exceeds j.
+    No loop and no ragged tensor: laid end to end, a place belongs to the last sentence that has begun there.
     Returns token (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
 
     >>> scores, start, length = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5]]), torch.tensor([[3, 2, 4]])
@@ -180,8 +180,9 @@ def select(scores, start, length, near, width, k):
     near = near[:, None, None].expand(B, H, 1)
     stop = (length.gather(2, sentence).cumsum(-1) + near).clamp(max=width)       # (B, H, k) places begin .. stop - 1
     begin = torch.cat((near, stop[..., :-1]), dim=-1)
-    j = torch.arange(width, device=device).expand(B, H, width).contiguous()
-    owner = torch.searchsorted(stop, j, right=True).clamp(max=k - 1)             # (B, H, width)
+    begun = torch.zeros(B, H, width + 1, dtype=torch.long, device=device).scatter_add_(2, begin, torch.ones_like(begin))
+    owner = (begun.cumsum(-1)[..., :-1] - 1).clamp(min=0)                        # (B, H, width)
+    j = torch.arange(width, device=device)
     return (start.gather(2, sentence) - begin).gather(2, owner) + j, j < stop[..., -1:], sentence, stop - begin
 
 def attend_causal(q, k, v, before, step=512):
@@ -241,7 +242,7 @@ class HostPool:
         """Room for n slots, with an eighth to spare so that generating rarely copies. like (t, B, H, 2, d)."""
         old = self.kv.get(layer)
         if old is None or n > len(old):
-            new = self.allocate((n + max(64, n // 8), *like.shape[1:]), like.dtype)
+            new = self.allocate((n + n // 8, *like.shape[1:]), like.dtype)
             if old is not None:
                 self.finish()                                                    # no kernel uses the old one any more
                 new[:len(old)] = old
@@ -265,14 +266,9 @@ class HostPool:
         kv = kv.reshape(t * B, -1)
         if not self.in_place:
             self.kv[layer].view(-1, kv.shape[1]).index_copy_(0, rows.cpu(), kv.cpu())
-        elif self.stream is None:
-            self.kv[layer].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
         else:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))      # kv must have been computed,
-            with torch.cuda.stream(self.stream):
+            with self.aside(kv, rows):
                 self.seen[layer].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
-            kv.record_stream(self.stream)                                        # and not be reused too early
-            rows.record_stream(self.stream)
 
     def read(self, layer, n):
         """The first n slots of a layer, on the device: (n, B, H, 2, d)."""
@@ -309,6 +305,15 @@ class HostPool:
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
+    def aside(self, *tensors):
+        """A context in which the device works on the side stream, on what it has computed so far."""
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        for t in tensors:
+            t.record_stream(self.stream)                                         # not to be reused too early
+        return torch.cuda.stream(self.stream)
+
     def finish(self):
         """The device has done all it was told to."""
         if self.stream is not None:
@@ -333,20 +338,25 @@ class SentenceKV:
     pool     the width of the max-pool over it (odd; 1: none); both only used with keep=r.
     rank     "bounds", or the paper's "mean": see RANKS.
     max_sentence  longer sentences are cut here; default 64, or less if the budget is small.
+    refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
+    lookahead  choose and fetch for the next token with this one's query, on CUDA while other layers compute.
 
     A prompt (T > 1) attends exactly to everything kept; a single token is a decode step. What cannot work: ValueError.
     """
 
     def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="bounds",
-                 max_sentence=None):
+                 max_sentence=None, refresh=1, lookahead=False):
         for name, value, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, 1),
-                                   ("window", window, 1), ("pool", pool, 1), ("max_sentence", max_sentence, 1)):
+                                   ("window", window, 1), ("pool", pool, 1), ("max_sentence", max_sentence, 1),
+                                   ("refresh", refresh, 1)):
             need(type(value) is int and value >= least or name == "max_sentence" and value is None,
                  f"{name} must be a whole number of at least {least}, got {value!r}")
-        room = budget - sink - recent
+        room = budget - sink - recent - refresh + 1
         max_sentence = min(64, room) if max_sentence is None else max_sentence
-        need(room > 0, f"budget {budget} must exceed sink + recent = {sink + recent}: raise it or lower those")
-        need(max_sentence <= room, f"max_sentence {max_sentence} must fit into budget - sink - recent = {room}")
+        more = " + refresh - 1" if refresh > 1 else ""
+        need(room > 0, f"budget {budget} must exceed sink + recent{more} = {budget - room}: raise it or lower those")
+        need(max_sentence <= room, f"max_sentence {max_sentence} must fit into the rest of the budget = {room}")
+        need(type(lookahead) is bool, f"lookahead must be True or False, got {lookahead!r}")
         need(keep is None or type(keep) in (int, float) and 1 <= keep < float("inf"),
              f"keep must be None (keep all) or a number of at least 1, got {keep!r}")
         need(pool % 2 == 1, f"pool must be odd, got {pool}")
@@ -354,10 +364,11 @@ class SentenceKV:
         need(isinstance(flags, torch.Tensor) and flags.dtype == torch.uint8 and flags.ndim == 1 and len(flags) > 0,
              "flags must be the (vocabulary,) uint8 tensor that sentence_flags(token_bytes) returns")
         self.settings = dict(budget=budget, keep=keep, sink=sink, recent=recent, window=window, pool=pool, rank=rank,
-                             max_sentence=max_sentence)
+                             max_sentence=max_sentence, refresh=refresh, lookahead=lookahead)
         self.flags = torch.cat((flags, flags.new_tensor([0, EXTENDER])))         # [V]: unknown, a word; [-1]: padding
         self.budget, self.sink, self.recent, self.max_sentence = budget, sink, recent, max_sentence
         self.keep, self.window, self.pool_width, self.rank = keep, window, pool, RANKS[rank]
+        self.refresh, self.lookahead, self.width = refresh, lookahead, budget - refresh     # places filled by a fetch
         self.length, self.layers, self.pool, self.first, self.work = 0, [], None, None, None
 
     def begin(self, tokens, more=False):
@@ -377,12 +388,13 @@ class SentenceKV:
         if self.unjudged and not more:
             self._judge((self.lengths + new).tolist(), T)
         self.unasked += 1
-        if T > 1 or self.unasked == 64:
+        ask = T > 1 or self.unasked == 64
+        if ask:
             self._look()
-        self.text.reserve(0, self.length + T, tokens.T.reshape(T, B, 1, 1, 1))
+        self.reach = (max(self.before) if T > 1 else self.slots) + T + 64 * ask  # so many slots have to be there
+        self.text.reserve(0, self.length + T + 64 * ask, tokens.T.reshape(T, B, 1, 1, 1))
         self.text.write(0, self.lengths + torch.arange(T, device=tokens.device)[:, None], tokens.T)
-        self.reach = (max(self.before) if T > 1 else self.slots) + T             # so many slots have to be there
-        positions = self._note(tokens, new)
+        positions = self._note(tokens, new, ask)
         self.slots = int((self.lengths - self.dropped).max()) if T > 1 else self.slots + 1
         return positions
 
@@ -397,21 +409,21 @@ class SentenceKV:
             self.prompt = torch.tensor(lengths, device=self.lengths.device)      # (B,) what was pruned
             self.dropped = (self.prompt - survive).clamp(min=0)
 
-    def _note(self, tokens, new):
+    def _note(self, tokens, new, ask):
         """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
         (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
         position = self.lengths[:, None] + t                                     # (B, T)
         flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
         flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
         length = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]      # (B,) it is open
-        starts, self.ended = segment(flags, self.ended, length, self.max_sentence)
-        real = t < torch.as_tensor(new, device=tokens.device).view(-1, 1)        # (B or 1, T)
+        starts, ended, _ = segment(flags, self.ended, length, self.max_sentence)
+        self.ended.copy_(ended)
+        real = t < (new[:, None] if T > 1 else 1)                                # (B, T)
         starts &= real & (position >= self.sink)
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
-        self.current = ids[:, -1]
+        self.current.copy_(ids[:, -1])
         # A token starts one sentence at most. So the host asks the device for their number with a prompt, and else only
         # once in 64 steps, and makes room for as many more: the one sync of a decode step.
-        ask = T > 1 or self.unasked == 64
         if ask:
             self.unasked = 0
             more = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
@@ -420,37 +432,53 @@ class SentenceKV:
             for mem in self.layers:
                 mem.vectors = F.pad(mem.vectors, (0, 0, 0, more))
         count = torch.zeros_like(self.first).scatter_add_(1, ids + 1, real.long().expand(B, T))
-        self.first = self.first + count.cumsum(1)                                # tokens before each sentence
-        self.lengths = self.lengths + new
+        self.first += count.cumsum(1)                                            # tokens before each sentence
+        self.lengths += new
         self.length = int(self.lengths.max()) if T > 1 else self.length + 1
-        self.queries = torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else torch.zeros_like(self.current)
-        self._divide(ask)
+        self.queries.copy_(torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else self.queries * 0)
+        self._divide(ask, T == 1)
         return position
 
-    def _divide(self, ask):
-        """What is near (always attended) and what is far (ranked), for the next decode step, in all layers.
+    def _divide(self, ask, decode):
+        """Where the tail starts now, and if a token is to be decoded: what is fetched for it, the same in all layers.
 
         far (B,): number of sentences wholly before the recent window, so also the index of the one that the tail starts
-        with; near (B,): number of tokens in sink and tail, but for the last one, which is not in the pool yet.
+        with. The places of `work` hold the sink, the tail, the best sentences, and then the tokens since the fetch.
         """
-        device, last = self.lengths.device, self.lengths[:, None] - 1            # (B, 1)
-        oldest = (last + 1 - self.recent).clamp(min=0)
+        oldest = (self.lengths - self.recent).clamp(min=0)[:, None]              # (B, 1)
         far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)          # (B, 1)
         tail, end = self.first.gather(1, torch.cat((far, far + 1), dim=1)).split(1, dim=1)   # (B, 1) of that sentence
-        j = torch.arange(self.budget - 1, device=device)                         # places of the near tokens
-        position = torch.where(j < self.sink, j, tail + j - self.sink)           # (B, budget - 1)
-        self.near_slot = torch.where(j < self.sink, j, position - self.dropped[:, None])
-        self.near = torch.minimum(last, self.sink + last - tail)[:, 0]
-        self.is_far = torch.arange(self.first.shape[1] - 1, device=device) < far             # (B, S)
         self.far, self.tail = far[:, 0], tail[:, 0]
-        self.start, self.count = self._slots()
-        # The tail's first sentence is in the places after the sink's, but for the last token, which is added to them.
-        place = position[:, self.sink:self.sink + self.max_sentence]
-        inside = torch.cat((place < torch.minimum(end, last), (tail <= last) & (last < end)), dim=1)
-        self.oldest_ids = 1 - inside.long().T                                    # (max_sentence + 1, B) 0: inside
         if ask:                                                                  # how many to rank until it asks again
             enough = self.budget if self.prompt is not None else enough_sentences(self.first.diff(), self.budget) + 64
             self.ranked = min(self.first.shape[1] - 1, self.budget, enough)
+        if not decode:
+            self.plan, self.fetch_next = None, False                             # what was fetched is of no use now
+            return
+        if self.fetch_next:                                                      # with the token before
+            self.plan, self.since = self.next_plan, 0
+        self.fetch_now = self.plan is None or self.since == self.refresh
+        if self.fetch_now:
+            self.plan, self.since = self._plan(far, tail, self.lengths[:, None] - 1), 0
+        plan, t = self.plan, tail + torch.arange(self.max_sentence, device=far.device)       # (B, max_sentence)
+        # The tail's first sentence: where its tokens t are, and which of them are there.
+        self.oldest_place = torch.where(t < plan.base, t - plan.tail + self.sink, t - plan.base + self.width)
+        self.oldest_place = self.oldest_place.clamp(max=self.budget - 1).T       # (max_sentence, B)
+        self.oldest_ids = 1 - (t < torch.minimum(end, self.lengths[:, None])).long().T       # 0: there, 1: not
+        self.since += 1
+        self.fetch_next = self.lookahead and self.since == self.refresh
+        if self.fetch_next:
+            self.next_plan = self._plan(far, tail, self.lengths[:, None].clone())
+
+    def _plan(self, far, tail, base):
+        """A fetch from the pool's first `base` tokens: near (B,) of them are always taken, from slots slot (B, width);
+        the rest are candidates: (B, S) start and count of each sentence, 0 if it is near. All arguments (B, 1)."""
+        j = torch.arange(self.width, device=far.device)
+        slot = torch.where(j < self.sink, j, tail - self.dropped[:, None] + j - self.sink)
+        near, start = torch.minimum(base, base - tail + self.sink), self._slots()
+        not_far = torch.arange(self.first.shape[1] - 1, device=far.device) >= far            # (B, S)
+        return SimpleNamespace(base=base, tail=tail, slot=slot, near=near[:, 0], is_near=j < near, not_far=not_far,
+                               start=start, count=start.diff().masked_fill(not_far, 0))
 
     def _start(self, B, device):
         """The state before the first token."""
@@ -460,11 +488,13 @@ class SentenceKV:
         self._rewind()
 
     def _rewind(self):
-        """No token seen yet, as far as sentences are concerned."""
-        self.lengths = torch.zeros_like(self.lengths)
-        self.current, self.ended = self.lengths - 1, self.lengths                # (B,) open sentence; see segment
-        self.queries = self.lengths                                              # (B,) number of queries in query_sum
-        self.first = self.lengths[:, None].repeat(1, 1 if self.first is None else self.first.shape[1])   # (B, S + 1)
+        """No token seen yet, as far as sentences are concerned. A decode step changes these in place (CUDA graphs)."""
+        zeros, S = torch.zeros_like, self.first.shape[1] if self.layers else 1
+        self.lengths = zeros(self.lengths)
+        self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
+        self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
+        self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
+        self.plan, self.since, self.fetch_next = None, 0, False                  # tokens since the last fetch
         self.unasked = 63                                                        # steps since the host asked; see _note
         self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
@@ -480,12 +510,12 @@ class SentenceKV:
 
     def new_layer(self, vectors, query_sum):
         """What one layer keeps on the device."""
-        nothing = dict.fromkeys(("kept_before", "asked", "fetched"))
+        nothing = dict.fromkeys(("kept_before", "asked", "fetched", "work", "valid", "ready"))
         self.layers.append(SimpleNamespace(vectors=vectors, query_sum=query_sum, **nothing))
 
     def _watch(self, layer, *tensors):
         """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
-        fine = torch.stack([torch.linalg.vector_norm(x, float("inf")) for x in tensors]).isfinite().all()
+        fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
         self.broken = torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer)
         if not fine.is_cuda:
             self._look()
@@ -496,7 +526,7 @@ class SentenceKV:
              "from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
 
     def _slots(self, kept_before=None):
-        """(B, S + 1) slot of each sentence's first token, and (B, S) number of tokens if it may be fetched, else 0.
+        """(B, S + 1) slot of each sentence's first token.
 
         A sentence of a pruned prompt starts after the survivors before it, a later one at its position less all that
         was dropped: each is the larger number of the two.
@@ -504,7 +534,7 @@ class SentenceKV:
         start = self.first - self.dropped[:, None]
         if kept_before is not None:
             start = torch.maximum(F.pad(kept_before, (0, start.shape[1] - kept_before.shape[1])), start)
-        return start, start.diff().masked_fill(~self.is_far, 0)
+        return start
 
     def _prompt(self, layer, q, kv):
         """T > 1 tokens: exact attention to everything kept, then sort them into the buffers."""
@@ -526,9 +556,9 @@ class SentenceKV:
             new = kv = kv[kept.T, row]                                           # (slots, B, H, 2, d)
             slot = torch.arange(self.slots, device=q.device)[:, None].expand(-1, B)
             self.pool.release(layer)
-        self.pool.reserve(layer, self.slots if self.prune else self.reach, kv)
+        self.pool.reserve(layer, self.slots + 64 if self.prune else self.reach, kv)
         self.pool.write(layer, slot, new)
-        start, _ = self._slots(mem.kept_before)
+        start = self._slots(mem.kept_before)
         slot = torch.arange(len(kv), device=q.device).expand(B, -1).contiguous()
         ids = torch.searchsorted(start, slot, right=True)                        # (B, N) sentence + 1; padding: S + 1
         mem.vectors = self.rank[1](kv[..., 0, :], ids.T, S + 2)[1:-1].permute(1, 2, 0, 3).contiguous()    # (B, H, S, w)
@@ -544,35 +574,64 @@ class SentenceKV:
         return torch.where(at < 0, before.gather(2, (at + self.window).clamp(max=self.window - 1)), asked)
 
     def _decode(self, layer, q, kv):
-        """One token: rank, fetch, attend to sink + tail + fetched + itself. No loop, and with zero copy no sync."""
+        """One token: fetch what it should see, attend to that and to itself. No loop, and with zero copy no sync."""
         (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
-        _, vectors_of, query_of = self.rank
+        row = torch.arange(B, device=q.device)
+        if mem.ready is not None:
+            torch.cuda.current_stream(q.device).wait_event(mem.ready)            # it was fetched with the token before
         # The first query of a sentence, or after a prompt, starts the sum anew.
         # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
-        mem.query_sum = mem.query_sum.masked_fill(self.queries[:, None, None] == 1, 0) + q[:, :, 0].float()
+        mem.query_sum.masked_fill_(self.queries[:, None, None] == 1, 0).add_(q[:, :, 0])
         q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
-        query = query_of(q, mem.query_sum.view(q.shape), self.queries)           # (B, H, w)
-        scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
-        start, count = (self.start, self.count) if mem.kept_before is None else self._slots(mem.kept_before)
-        slot, valid, *mem.fetched = select(scores, start[:, :-1], count, self.near, self.budget - 1, self.ranked)
-
-        if self.work is None:
-            self.work = kv.new_zeros(self.budget, B, H, 2, d)                    # what is attended to, of one layer
-        near = torch.arange(self.budget - 1, device=q.device) < self.near[:, None]           # (B, budget - 1)
-        slot = torch.where(near[:, None], self.near_slot[:, None], slot.masked_fill(~valid, 0))     # unused: any slot
+        if mem.work is None:                                                     # one for all layers, if it may be
+            shared = self.work if self.refresh == 1 and not self.lookahead else None
+            mem.work = self.work = kv.new_zeros(self.budget, B, H, 2, d) if shared is None else shared
         self.pool.reserve(layer, self.reach, kv)
-        self.pool.fetch(layer, slot.permute(2, 0, 1), self.work[:-1])
+        if self.fetch_now:
+            self._fetch(layer, q, self.plan)
         self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
-        self.work[-1] = kv[0]
-        keys, values = self.work.permute(3, 1, 2, 0, 4)                          # (B, H, budget, d) each
-        mask = F.pad(valid, (0, 1), value=True)[:, :, None]
+        place = self.width + self.since - 1
+        mem.work[place] = kv[0]
+        keys, values = mem.work[:place + 1].permute(3, 1, 2, 0, 4)               # (B, H, n, d) each
+        mask = F.pad(mem.valid, (0, self.since), value=True)[:, :, None]         # (B, H, 1, n)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(B, Hq, 1, d)          # Eq. 3
 
         # The tail's first sentence gets its vector now, before it leaves.
-        oldest = torch.cat((self.work[self.sink:self.sink + self.max_sentence, :, :, 0], kv[..., 0, :]))
-        row = torch.arange(B, device=q.device)
-        mem.vectors[row, :, self.far] = vectors_of(oldest, self.oldest_ids, 2)[0]                # (B, H, w)
+        oldest = mem.work[self.oldest_place, row][..., 0, :]                     # (max_sentence, B, H, d)
+        mem.vectors[row, :, self.far] = self.rank[1](oldest, self.oldest_ids, 2)[0]              # (B, H, w)
+        if self.fetch_next:
+            with self.pool.aside(q):
+                self._fetch(layer, q, self.next_plan)
+                mem.ready = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
         return out
+
+    def _fetch(self, layer, q, plan):
+        """Rank the sentences for q (B, H, G, d), and fill the layer's places with what is near and with the best."""
+        mem, (B, H, _, _) = self.layers[layer], q.shape
+        query = self.rank[2](q, mem.query_sum.view(q.shape), self.queries)       # (B, H, w)
+        scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
+        start, count = plan.start, plan.count
+        if mem.kept_before is not None:                                          # in every layer, others have survived
+            start = self._slots(mem.kept_before)
+            count = start.diff().masked_fill(plan.not_far, 0)
+        slot, valid, *mem.fetched = select(scores, start[:, :-1], count, plan.near, self.width, self.ranked)
+        slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))  # unused: any slot
+        self.pool.fetch(layer, slot.permute(2, 0, 1), mem.work[:self.width])
+        mem.valid = valid
+
+    def steady(self):
+        """Will the next decode step launch what this one did? Then a CUDA graph may do it: advance() and a replay."""
+        need(self.refresh == 1 and not self.lookahead, "a CUDA graph needs refresh=1 and lookahead=False")
+        return self.plan is not None and self.unasked < 63
+
+    def advance(self):
+        """The host's part of a decode step."""
+        self.length, self.slots, self.unasked = self.length + 1, self.slots + 1, self.unasked + 1
+
+    def join(self):
+        """What comes next on the device comes after all that runs beside it."""
+        self.pool.wait()
+        self.text.wait()
 
     def truncate(self, lengths):
         """Forget all but the first `lengths` tokens (one number, or one per row): as if those had been one prompt."""
@@ -593,13 +652,8 @@ class SentenceKV:
     def _replay(self, tokens, lengths):
         """The state after these tokens (B, T), whose keys and values are in the pool."""
         self._rewind()
-        self._note(F.pad(tokens, (0, 1), value=-1), lengths)                     # one at least is padding: a prompt
+        self._note(F.pad(tokens, (0, 1), value=-1), lengths, ask=True)           # one at least is padding: a prompt
         self.slots = int((self.lengths - self.dropped).max())
-
-    def to_store(self, tokens):
-        """How many of a prompt's tokens (B, T) will be added to host memory."""
-        B, T = tokens.shape
-        return B * (min(T, int(self.keep * self.budget)) if self.keep is not None and self.length == 0 else T)
 
     def tokens(self):
         """All tokens (B, length) that went in, -1 after the end of a shorter row."""
@@ -635,8 +689,9 @@ class SentenceKV:
         """Bytes of all buffers that exist: {"device": ..., "host": ...}; a fork counts what it shares as well."""
         size = lambda *tensors: sum(t.nbytes for t in tensors if t is not None)
         layers = [size(mem.vectors, mem.query_sum, mem.kept_before, mem.asked) for mem in self.layers]
+        works = {id(mem.work): mem.work for mem in self.layers}                  # one for all, or one each
         pools = [size(pool.staging, *pool.kv.values()) for pool in (self.pool, self.text) if pool]
-        return {"device": size(self.flags, self.first, self.work) + sum(layers), "host": sum(pools)}
+        return {"device": size(self.flags, self.first, *works.values()) + sum(layers), "host": sum(pools)}
 
 def main():
     from experiments.ask import main  # the command line lives beside the method; see --help

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from model import DenseKV, Llama
 from sentencekv import PAPER, RANKS, SentenceKV, sentence_flags
@@ -71,21 +72,21 @@ class Watched(SentenceKV):
         out = super().attend(layer, q, k, v)
         if q.shape[2] == 1:
             start = time.perf_counter()
-            self.note(q[0, :, 0], *(t[0] for t in self.layers[layer].fetched))
+            self.note(q[0, :, 0], self.layers[layer])
             self.seconds += time.perf_counter() - start
         return out
 
-    def note(self, q, sentence, taken):
-        """q (Hq, d); sentence and taken (H, k), as SentenceKV.fetched() tells them, of one layer."""
-        near, keys = int(self.near[0]), self.work[:, 0, :, 0].transpose(0, 1)                # (H, budget, d)
+    def note(self, q, mem):
+        """q (Hq, d), and what a layer has fetched for it."""
+        near, (sentence, taken) = int(self.plan.near[0]), (t[0] for t in mem.fetched)       # (H, k) each
+        seen = F.pad(mem.valid[0], (0, self.since), value=True)                  # (H, n)
+        keys = mem.work[:seen.shape[1], 0, :, 0].transpose(0, 1)                 # (H, n, d): near, fetched, newest
         H, n, d = keys.shape
-        place = torch.arange(n, device=q.device)             # near, fetched, unused, itself
-        seen = (place < near + taken.sum(1, keepdim=True)) | (place == n - 1)                # (H, budget)
-        logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5               # (H, G, budget)
+        logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5   # (H, G, n)
         weight = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1)[:, near:]         # (H, n - near)
         self.steps += H
         for h in range(H):
-            owner = sentence[h].repeat_interleave(taken[h])                                  # sentence of each token
+            owner = sentence[h].repeat_interleave(taken[h])                      # sentence of each token
             got = torch.zeros(int(sentence[h].max()) + 1, device=q.device).index_add_(0, owner, weight[h, :len(owner)])
             for s in sentence[h][taken[h] > 0].tolist():
                 self.wanted[s] += 1

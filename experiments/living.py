@@ -71,6 +71,12 @@ class Branch:
         self.fetch(layer, torch.arange(n, device=self.device)[:, None, None].expand(n, *like.shape[1:3]), out)
         return out
 
+    def wait(self):
+        self.own.wait()
+
+    def aside(self, *tensors):
+        return self.own.aside(*tensors)
+
     def cut(self, slots):
         if bool((self.start >= slots).all()):                                    # nothing of our own is left
             return Branch(self.base, slots)
@@ -80,14 +86,16 @@ def fork(cache):
     """See SentenceKV.fork."""
     cache.whole("fork()")
     twin = copy.copy(cache)
-    for name, at in (("pool", cache.lengths - cache.dropped), ("text", cache.lengths)):
+    vars(twin).update({name: x.clone() for name, x in vars(cache).items() if isinstance(x, torch.Tensor)})
+    for name, at in (("pool", cache.lengths - cache.dropped), ("text", cache.lengths.clone())):
         pool = getattr(cache, name)
         unused = isinstance(pool, Branch) and torch.equal(pool.start, at)        # nothing was written since
         base = pool.base if unused else pool
         setattr(cache, name, Branch(base, at))
         setattr(twin, name, Branch(base, at))
-    tensors = lambda mem: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(mem).items()}
-    twin.layers, twin.work = [SimpleNamespace(**tensors(mem)) for mem in cache.layers], None
+    own = lambda mem: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(mem).items()}
+    twin.layers = [SimpleNamespace(**{**own(mem), "work": None}) for mem in cache.layers]
+    twin.plan, twin.work, twin.fetch_next = None, None, False                    # it fetches anew
     return twin
 
 # -------------------------------------------------------------------------------------------------------- the file
