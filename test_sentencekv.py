@@ -24,7 +24,9 @@ import tempfile
 import time
 import unicodedata
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentencekv
 import tokenizer as T
-from experiments import ask, living
+from experiments import ask, gpu_check, living, measure, parts, speed, svg
 from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
@@ -2846,3 +2848,144 @@ def test_help_explains_every_option(capsys):
 def test_ctrl_c_ends_cleanly(monkeypatch, capsys):
     monkeypatch.setattr(ask, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert ask.main([]) == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+
+# ------------------------------------------------------------------------------- 14. speed: the benchmark runs
+
+
+def test_the_quick_benchmark_runs_and_writes_figures_and_plots(tmp_path, capsys):
+    assert speed.main(["--quick", "--json", str(tmp_path / "a.json"), "--svg", str(tmp_path / "a.svg")]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report.keys() == {"machine", "cores", "torch", "threads", "command", "results"}
+    variants = {(row["mode"], row["variant"]) for row in report["results"]}
+    for name in measure.options(1024):
+        assert {("one layer", name), ("whole model", name), ("parts", name)} <= variants
+    for row in report["results"]:
+        assert row["parts"]["in all"] > 0 if row["mode"] == "parts" else 0 < row["low"] <= row["ms"] <= row["high"]
+    plots = sorted(tmp_path.glob("*.svg"))
+    assert [p.name for p in plots] == ["a-one-layer.svg", "a-prefill-1-layers.svg", "a-whole-model.svg"]
+    for plot in plots:
+        drawn = ElementTree.parse(plot).getroot()
+        assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) >= 4
+    out = capsys.readouterr().out
+    assert all(word in out for word in (report["machine"], "x its copy floor", "against dense", "tokens/s", "ranking"))
+
+
+def test_the_docstring_examples_of_the_benchmark_are_true():
+    for module in (measure, svg):
+        assert doctest.testmod(module).failed == 0 and doctest.testmod(module).attempted > 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--lengths 8K,x", "--lengths 8K,x: not numbers"), ("--lengths 1", "--lengths must be from 256"),
+    ("--shape huge", "unknown shape 'huge'; known: llama-3.1-8b"), ("--model huge", "unknown shape 'huge'"),
+    ("--budget 20", r"budget 20 must exceed sink \+ recent"), ("--rounds -1", "--rounds must be"),
+    ("--device nonsense", "--device nonsense cannot be used"), ("--json nowhere/x", "nowhere/x: there is no such"),
+    ("--budget x", "argument --budget: invalid int"), ("--what", "unrecognized arguments"),
+])
+def test_the_benchmark_says_what_is_wrong_in_one_line(arguments, message, capsys):
+    assert speed.main(arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert re.match("error: " + message, err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("setting", [dict(rank="mean"), dict(rank="bounds"), dict(keep=2, pool=7, window=8)])
+def test_a_cache_filled_directly_is_the_one_that_has_read(setting):
+    rng = torch.Generator().manual_seed(0)
+    k, v, new = (torch.randn(1, 2, n, 16, generator=rng) for n in (500, 500, 1))
+    queries = torch.randn(6, 1, 8, 1, 16, generator=rng)
+    options = dict(budget=64, recent=8, **setting)
+    with pytest.MonkeyPatch.context() as patch:                                  # the same queries judge (keep=2)
+        patch.setattr(torch, "randn", lambda *shape, **_: torch.ones(shape))
+        cache = measure.filled(k, v, 4, layers=3, **options)
+    read = SentenceKV(measure.made_up_flags(), **options)
+    read.begin(measure.made_up_tokens(500))
+    for layer in range(3):
+        read.attend(layer, torch.ones(1, 8, 500, 16), k, v)
+    for q in queries:
+        outs = []
+        for c in (cache, read):
+            c.begin(torch.zeros(1, 1, dtype=torch.long))
+            outs.append(torch.stack([c.attend(layer, q, new, new) for layer in range(3)]))
+        assert torch.equal(*outs)
+    assert cache.memory() == read.memory()
+
+
+def test_layers_share_the_host_memory_that_there_is():
+    k = torch.randn(1, 2, 500, 16)
+    for most, distinct in ((0, 1), (1 << 19, 3), (1 << 30, 4)):                   # a layer: 144 KB
+        hosts = measure.Hosts(most)
+        for _ in range(2):                                                       # the second cache takes the same
+            cache = measure.filled(k, k, 4, layers=4, hosts=hosts, budget=64)
+            assert len({kv.data_ptr() for kv in cache.pool.kv.values()}) == len(*hosts.kinds.values())
+        assert len(*hosts.kinds.values()) == distinct
+
+
+def test_parts_tell_where_the_time_and_the_bytes_go_and_leave_nothing_behind():
+    before = sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"][1], SentenceKV.begin
+    k = torch.randn(1, 2, 500, 16)
+    cache, token = measure.filled(k, k, 4, budget=64), torch.zeros(1, 1, dtype=torch.long)
+    step = lambda: (cache.begin(token), cache.attend(0, torch.randn(1, 8, 1, 16), k[:, :, :1], k[:, :, :1]))
+    ms, moved = parts.parts_of(step, 1, "cpu", 5)
+    assert {"ranking: product", "ranking: pick", "fetch", "attention", "store", "rest", "in all"} <= ms.keys()
+    assert min(ms.values()) >= 0 and abs(sum(ms.values()) - 2 * ms["in all"]) < 1e-6
+    assert moved == 64 * 2 * 2 * 16 * 4                                          # 63 are fetched, 1 is stored
+    assert before == (sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"][1], SentenceKV.begin)
+
+
+class NoStream:
+    """Streams and events of a machine that does everything at once."""
+
+    def __init__(self, *_):
+        pass
+
+    wait_event = wait_stream = record = __init__
+
+
+def test_the_dense_caches_that_are_measured_are_dense(monkeypatch):
+    for name, fake in (("Stream", NoStream), ("Event", NoStream), ("current_stream", NoStream),
+                       ("stream", lambda _: nullcontext()), ("synchronize", lambda *_: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    rng = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 300, 16, generator=rng) for _ in range(2))
+    buffers = lambda x: measure.Dense.buffers(x, 3, 1 << 30)
+    caches = [DenseKV(), measure.Dense(measure.folded, buffers(k), buffers(v), 300),
+              measure.Dense(measure.matmul, buffers(k), buffers(v), 300),
+              measure.Offloaded(measure.folded, k, v, 3, 1 << 30)]
+    caches[0].begin(torch.zeros(1, 300, dtype=torch.long))
+    for layer in range(3):
+        caches[0].attend(layer, torch.zeros(1, 8, 300, 16), k, v)
+    for _ in range(5):
+        for cache in caches:
+            assert cache.begin(torch.zeros(1, 1, dtype=torch.long)).tolist() == [[cache.length - 1]]
+        for layer in range(3):
+            q, k, v = (torch.randn(1, heads, 1, 16, generator=rng) for heads in (8, 2, 2))
+            outs = [cache.attend(layer, q, k, v) for cache in caches]
+            for out in outs[1:]:
+                assert (out - outs[0]).abs().max() < 1e-5
+
+
+def test_the_gpu_check_needs_a_gpu_and_says_so_in_one_line():
+    command = [sys.executable, str(ROOT / "experiments" / "gpu_check.py")]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = lambda *arguments: subprocess.run([*command, *arguments], capture_output=True, text=True, env=hidden)
+    done, helped, wrong = run(), run("--help"), run("--only", "nothing")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "no CUDA device" in done.stderr
+    assert helped.returncode == 0 and "--only" in helped.stdout
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no section 'nothing'")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_a_section_of_the_gpu_check_that_crashes_or_hangs_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    python = lambda code: [sys.executable, "-c", code]
+    monkeypatch.setattr(gpu_check, "SECTIONS", {
+        "crash": (20, python("import os; os.abort()")), "hang": (1, python("import time; time.sleep(60)")),
+        "fine": (20, python("import os; open(os.environ['GPU_CHECK_FILE'], 'w').write('{\"rows\": [{\"tokens\": 8192, "
+                            "\"variant\": \"dense\", \"ms\": 2, \"floor\": 1}]}')"))})
+    monkeypatch.setattr(gpu_check, "LEAST", 0)
+    monkeypatch.setattr(measure, "setup", lambda device: dict(machine="this", torch="t", command="c"))
+    assert gpu_check.everything(["crash", "hang", "fine"], 1, tmp_path / "out") == 1
+    results = json.loads((tmp_path / "out" / "gpu_check.json").read_text())["sections"]
+    assert [x["outcome"] for x in results.values()] == ["failed", "out of time", "ok"]
+    assert (tmp_path / "out" / "gpu_check.svg").is_file()
+    assert gpu_check.everything(["fine"], 0.001, tmp_path / "out") == 0
