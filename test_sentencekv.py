@@ -611,7 +611,7 @@ def test_flags_come_from_the_tokenizers_own_bytes_even_broken_ones():
     (dict(keep=float("nan")), "keep must be"),
     (dict(keep=True), "keep must be"),
     (dict(pool=4), "pool must be odd, got 4"),
-    (dict(rank="best"), "rank must be one of mean, bounds, got 'best'"),
+    (dict(rank="best"), "rank must be one of mean, bounds, spread, got 'best'"),
     (dict(max_sentence=0), "max_sentence must be a whole number of at least 1, got 0"),
     (dict(budget=64, sink=4, recent=32, max_sentence=29), r"max_sentence 29 must fit into .* = 28"),
 ])
@@ -2191,20 +2191,46 @@ def test_the_oracles_take_what_really_gets_the_most_attention(name):
         assert positions_of(cache.mask[0][b, h]) == sorted([*range(4), *order[:60 - 4 - (N - tail)], *range(tail, N)])
 
 
-class BoundsByDefinition(baselines.Sentences):
-    """SentenceKV's rule "bounds", without its vectors."""
+class ByDefinition(baselines.Sentences):
+    """SentenceKV's rules without its vectors and sums, sentence by sentence."""
+
+    def __init__(self, *args, rank):
+        super().__init__(*args)
+        self.rank, self.asked = rank, {}
+
+    def read(self, layer, q, sums=None):
+        self.asked[layer] = [[] for _ in q]                                      # queries of the open sentence, per row
 
     def scores(self, layer, q):
-        q, k = q[:, :, 0].unflatten(1, (2, 2)), self.k(layer)                    # (B, H, G, d), (B, H, N, d)
-        high, low = (self.per_sentence(k, how)[:, :, None] for how in ("amax", "amin"))
-        return torch.maximum(q[:, :, :, None] * high, q[:, :, :, None] * low).sum(-1).mean(2)
+        (B, Hq, _, d), k, S = q.shape, self.k(layer), int(self.ids.max()) + 1
+        result = torch.full((B, 2, S), -torch.inf, dtype=k.dtype)
+        for b, asked in enumerate(self.asked[layer]):
+            if self.ids[b, -1] != self.ids[b, -2]:
+                asked.clear()
+            asked.append(q[b, :, 0].view(2, 2, d))                               # (H, G, d)
+            mean = torch.stack(asked).mean(0)
+            for s, h in itertools.product(range(S), range(2)):
+                keys = k[b, h, (self.ids[b] == s) & (self.t >= self.sink)]
+                if len(keys):
+                    result[b, h, s] = torch.stack([self.score(*x, keys) for x in zip(asked[-1][h], mean[h])]).mean()
+        return result
+
+    def score(self, q, mean, keys):
+        """One sentence, one query head: q and mean (d,), keys (n, d)."""
+        if self.rank == "mean":
+            return mean @ keys.mean(0)
+        if self.rank == "bounds":
+            return torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum()
+        q = (q + mean) / 2
+        return q @ keys.mean(0) + q.abs() @ keys.std(0, correction=0)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_sentencekv_attends_to_what_the_same_rule_takes_among_the_rivals(seed):
+@pytest.mark.parametrize("rank", sentencekv.RANKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_sentencekv_attends_to_what_the_same_rule_takes_among_the_rivals(seed, rank):
     """The segmentation of the rivals, their rounded window, and how recall reads what a SentenceKV attended to."""
-    random, rival = Random(seed, layers=2), BoundsByDefinition(70, TOY_FLAGS)
-    cache = SentenceKV(TOY_FLAGS, budget=70, rank="bounds")
+    random, rival = Random(seed, layers=2), ByDefinition(70, TOY_FLAGS, rank=rank)
+    cache = SentenceKV(TOY_FLAGS, budget=70, rank=rank)
     for T in (160, *[1] * 6, 40, 1, 1):
         tokens, q, k, v = random.next(T)
         where = torch.arange(rival.length, rival.length + T).double()[:, None].expand(k.shape[1:])
@@ -2213,7 +2239,7 @@ def test_sentencekv_attends_to_what_the_same_rule_takes_among_the_rivals(seed):
             for layer in range(2):
                 c.attend(layer, q[layer], k[layer], values[layer])
                 if c is cache and T == 1:
-                    assert torch.equal(recording.attended(cache, layer), rival.mask[layer])
+                    assert torch.equal(recording.attended(cache), rival.mask[layer])
 
 
 def test_attention_sums_are_sums_of_attention():

@@ -286,7 +286,7 @@ def methods(flags):
     ours = lambda **settings: lambda budget: SentenceKV(flags, budget=budget, sink=4, recent=32, **settings)
     return {
         "dense": lambda budget: DenseKV(),
-        "SentenceKV": ours(), "SentenceKV, mean, all kept": ours(rank="mean"),
+        "SentenceKV": ours(), "SentenceKV, bounds": ours(rank="bounds"), "SentenceKV, mean": ours(rank="mean"),
         "SentenceKV, paper": ours(**paper), "SentenceKV, paper, keep 3": ours(**{**paper, "keep": 3}),
         "Quest": Quest, "InfLLM": InfLLM, "SnapKV": SnapKV, "H2O": H2O, "StreamingLLM": StreamingLLM,
         "oracle, tokens": OracleTokens, "oracle, sentences": lambda budget: OracleSentences(budget, flags),

@@ -114,16 +114,16 @@ class Shown(DenseKV):
                 mask = cache.mask[layer]
             else:
                 cache.attend(layer, q.float(), k.float(), torch.full_like(k, self.length - 1, dtype=torch.float32))
-                mask = attended(cache, layer)
+                mask = attended(cache)
             self.share[layer, name].append((mass * mask).sum(-1).mean(1))
         return out
 
-def attended(cache, layer):
-    """Which tokens a SentenceKV attended to at the last decode step in a layer, (B, H, N); its values are positions."""
-    position = cache.work[..., 1, 0].permute(1, 2, 0).long()                     # (B, H, sink + R + slots)
-    near, taken = cache.near_mask, cache.layers[layer].fetched[1].sum(-1)        # (B, sink + R), (B, H)
-    (B, H, n), m = position.shape, near.shape[1]
-    far = torch.arange(n - m, device=taken.device) < taken[..., None]
-    valid = torch.cat((near[:, None].expand(B, H, m), far), dim=-1)
-    mask = torch.zeros(B, H, cache.length + 1, dtype=torch.bool, device=taken.device)
-    return mask.scatter(-1, position.masked_fill(~valid, cache.length), True)[..., :-1]
+def attended(cache):
+    """Which tokens a SentenceKV attended to in the layer of the last attend(), (B, H, N); its values are positions."""
+    position = cache.work[..., 1, 0].permute(1, 2, 0).long()                     # (B, H, slots) of all that is at hand
+    if hasattr(cache, "near_mask"):                                              # there is a ring, with stale entries
+        near = cache.near_mask[:, None].expand(-1, position.shape[1], -1)
+        position[..., :near.shape[2]] *= near
+    # A slot that is not used holds token 0, which is in the sink.
+    mask = torch.zeros(*position.shape[:2], cache.length, dtype=torch.bool, device=position.device)
+    return mask.scatter(-1, position, True)
