@@ -147,9 +147,9 @@ def with_size(q):
 # A rule: the width of its vectors as a multiple of d; keys of sentences -> their vectors; and (query q (B, H, G, d),
 # sum of this sentence's queries (B, H, G, d), their number (B,)) -> what the vectors are multiplied with, (B, H, w).
 # The G query heads of a group share one ranking: their mean is taken. "bounds": no key of a sentence has a larger
-# product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). "spread": about how large a product can be expected
-# of them, q . mean k + |q| . deviation of k, with q halfway between the current query and qbar. Paper: "mean", qbar . kbar;
-# but a mean is blind to a key that stands out.
+# product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). "spread": how large a product can be expected,
+# q . mean k + |q| . deviation of k, with q halfway between the current query and qbar. Paper: "mean", qbar . kbar; but
+# a mean is blind to a key that stands out.
 RANKS = {
     "mean": (1, mean_keys, lambda q, total, n: (total.mean(2) / n[:, None, None]).to(q.dtype)),
     "bounds": (2, key_bounds, lambda q, total, n: torch.cat((q, -q), dim=-1).relu().mean(2)),

@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 
 import sentencekv
 import tokenizer as T
-from experiments import ask, baselines, benchmarks, figures, quality, recording
+from experiments import ask, baselines, benchmarks, figures, quality, recording, rules
 from experiments.recording import start
-from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, rope_frequencies, sample
+from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, rope_frequencies, rotate, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
 from train_tiny import needle, story
@@ -2196,7 +2196,7 @@ class ByDefinition(baselines.Sentences):
 
     def __init__(self, *args, rank):
         super().__init__(*args)
-        self.rank, self.asked = rank, {}
+        self.rank, self.asked, self.starts_anew = rank, {}, True
 
     def read(self, layer, q, sums=None):
         self.asked[layer] = [[] for _ in q]                                      # queries of the open sentence, per row
@@ -2205,7 +2205,7 @@ class ByDefinition(baselines.Sentences):
         (B, Hq, _, d), k, S = q.shape, self.k(layer), int(self.ids.max()) + 1
         result = torch.full((B, 2, S), -torch.inf, dtype=k.dtype)
         for b, asked in enumerate(self.asked[layer]):
-            if self.ids[b, -1] != self.ids[b, -2]:
+            if self.starts_anew and self.ids[b, -1] != self.ids[b, -2]:
                 asked.clear()
             asked.append(q[b, :, 0].view(2, 2, d))                               # (H, G, d)
             mean = torch.stack(asked).mean(0)
@@ -2293,6 +2293,45 @@ def test_recall_is_the_attention_mass_of_the_tokens_attended_to(lab):
         for (name, budget), share in last.items():
             assert share <= last["oracle, tokens", budget] + 1e-6
             assert budget == 60 or share == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule, rank", [("spread, half mean query", "spread"), ("bounds", "bounds"),
+                                        ("mean, mean query (paper)", "mean")])
+def test_the_rules_that_were_tried_contain_those_of_sentencekv(rule, rank):
+    random, tried = Random(12), rules.Tried(70, TOY_FLAGS, rule, torch.ones(4))
+    plain = ByDefinition(70, TOY_FLAGS, rank=rank)
+    plain.starts_anew = False                                     # as all that is decoded here counts as one sentence
+    for T in (160, 1, 1, 1):
+        random.into(T, tried, plain)
+    assert torch.equal(tried.mask[0], plain.mask[0])
+
+
+def test_every_rule_that_was_tried_tells_sentences_apart():
+    random, tried = Random(13), [rules.Tried(70, TOY_FLAGS, rule, 0.5 ** torch.arange(4)) for rule in rules.RULES]
+    for T in (160, 1, 1):
+        random.into(T, *tried)
+    masks = [cache.mask[0] for cache in tried]
+    assert all((mask.sum(-1) == 70).all() for mask in masks)
+    assert sum(torch.equal(a, b) for a, b in itertools.combinations(masks, 2)) <= 3      # hardly two are the same
+
+
+def test_what_the_rules_know_about_a_sentence():
+    random, cache = Random(14), rules.Tried(70, TOY_FLAGS, "bounds", 0.5 ** torch.arange(4))
+    random.into(90, cache)
+    s, ids = rules.Summary(cache, 0, 0.5 ** torch.arange(4)), cache.ids[1]
+    at = [i for i in range(4, 90) if ids[i] == 3]
+    k = random.k[0][0, 1, 1, at].float()
+    turned = torch.stack([rotate(x, torch.cos(-i * s.inv_freq), torch.sin(-i * s.inv_freq)) for i, x in zip(at, k)])
+    half = -(-len(k) // 2)
+    middle = sum(at) / len(at) * s.inv_freq
+    weights = recording.attention_sums(random.q[0][0][:, :, -32:], random.k[0][0])[1, 1, at].float()[:, None]
+    for mine, want in ((s.mean, k.mean(0)), (s.high, k.amax(0)), (s.low, k.amin(0)),
+                       (s.deviation, k.std(0, correction=0)), (s.plain_mean, turned.mean(0)),
+                       (s.plain_high, turned.amax(0)), (s.halves[0], k[:half].mean(0)), (s.halves[1], k[half:].mean(0)),
+                       (s.middle_mean, rotate(turned.mean(0), middle.cos(), middle.sin())),
+                       (s.outlier, max(k, key=lambda x: float((x - k.mean(0)).norm()))),
+                       (s.weighted_mean, (k * weights).sum(0) / weights.sum())):
+        assert (mine[1, 1, 0, 3] - want).abs().max() < 1e-3
 
 
 # What the commands of quality.py do

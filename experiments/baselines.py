@@ -29,17 +29,24 @@ class Rival(DenseKV):
         self.mask = {}                                                           # {layer: (B, H, N) of the last step}
 
     def attend(self, layer, q, k, v):
-        (B, Hq, T, d), before, out = q.shape, self.length - q.shape[2], super().attend(layer, q, k, v)
-        held = self.held(layer)                                                  # (B, H, before), None: everything
+        T, before = q.shape[2], self.length - q.shape[2]
         if T == 1 and before:
+            self.store(layer, k, v)
             mask = self.mask[layer] = self.choose(layer, q)                      # (B, H, N)
-            out = self.masked(layer, q, mask[:, :, None])
-        elif held is not None:
+            return self.masked(layer, q, mask[:, :, None])
+        out, held = super().attend(layer, q, k, v), self.held(layer)             # held (B, H, before), None: everything
+        if held is not None:
             new = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().expand(*held.shape[:2], T, T)
             out = self.masked(layer, q, torch.cat((held[:, :, None].expand(-1, -1, T, -1), new), dim=-1))
-        if T > 1 or not before:
-            self.read(layer, q)
+        self.read(layer, q)
         return out
+
+    def store(self, layer, k, v):
+        """What the dense cache does with one token's k and v (B, H, 1, d), without attending to all of them."""
+        for store, new in ((self.keys, k), (self.values, v)):
+            if self.length > store[layer].shape[2]:
+                store[layer] = torch.cat((store[layer], new.new_zeros(*new.shape[:2], 64, new.shape[3])), dim=2)
+            store[layer][:, :, self.length - 1:self.length] = new
 
     def masked(self, layer, q, mask):
         """Exact attention of q (B, Hq, T, d) to what mask (B, H, T, N) leaves."""
