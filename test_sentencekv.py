@@ -2115,11 +2115,17 @@ def test_h2o_keeps_what_got_the_most_attention_of_all_queries_also_while_it_gene
         for t in range(90):
             score[b, h][:t + 1] += random.weights(b, h, t).sum(0)
     held = {key: [*range(4), *best_of(score[key], [*range(4, 58)], 14), *range(58, 90)] for key in score}
-    for step in range(6):
-        random.into(1, cache)
+    for T in [1] * 45 + [9, 1, 1, 1]:                             # generated tokens leave the recent window, too
+        random.into(T, cache)
         N = cache.length
         for b, h in rows_and_heads(random):
-            key, s = (b, h), torch.cat((score[b, h], torch.zeros(1, dtype=torch.float64)))
+            key, s = (b, h), torch.cat((score[b, h], torch.zeros(T, dtype=torch.float64)))
+            if T > 1:                                             # a follow-up: its queries add what they attend to
+                for t in range(N - T, N):
+                    s[:t + 1] += random.weights(b, h, t).sum(0)
+                held[key], score[key] = held[key] + [*range(N - T, N)], s
+                held[key] = [*range(4), *best_of(s, [i for i in held[key] if 4 <= i < N - 32], 14), *range(N - 32, N)]
+                continue
             held[key] = [*range(4), *best_of(s, [i for i in held[key] + [N - 1] if 4 <= i < N - 32], 14),
                          *range(N - 32, N)]
             assert positions_of(cache.mask[0][b, h]) == held[key]
@@ -2135,12 +2141,14 @@ def plain_blocks(random, cache, size, score):
         blocks = [[*range(i, min(i + size, N))] for i in range(0, N, size)]
         far = []
         for block in sorted(blocks, key=lambda block: -score(b, h, block)):
-            far += [i for i in block if 4 <= i < N - 32]
-        assert positions_of(cache.mask[0][b, h]) == sorted([*range(4), *far[:cache.room], *range(N - 32, N)])
+            far += [i for i in block if 4 <= i < N - cache.recent]
+        near = [*range(4), *range(N - cache.recent, N)]
+        assert positions_of(cache.mask[0][b, h]) == sorted(near + far[:cache.room])
 
 
-def test_quest_takes_the_pages_of_16_with_the_largest_bounds():
-    random, cache = Random(8), baselines.Quest(75)
+@pytest.mark.parametrize("recent", [32, 1])
+def test_quest_takes_the_pages_of_16_with_the_largest_bounds(recent):
+    random, cache = Random(8), baselines.Quest(75, recent=recent)
     random.into(187, cache)
 
     def bound(b, h, page):

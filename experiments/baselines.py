@@ -91,7 +91,7 @@ def take_blocks(scores, block, far, room):
     length = block.new_zeros(B, P).scatter_add(1, block, far.long())           # far tokens of each
     place = far.cumsum(1) - 1 - (length.cumsum(1) - length).gather(1, block)     # (B, N) of a far token in its block
     length = length[:, None].expand(B, H, P)
-    order = scores.masked_fill(length == 0, -torch.inf).argsort(-1, descending=True)
+    order = scores.argsort(-1, descending=True)
     ordered = length.gather(-1, order)
     take = (room - ordered.cumsum(-1) + ordered).clamp(min=0).minimum(ordered)
     take = torch.zeros_like(take).scatter(-1, order, take)                       # (B, H, P) tokens taken of each
@@ -102,7 +102,8 @@ def take_blocks(scores, block, far, room):
 class Evicting(Rival):
     """Keeps sink, recent and the best `room` of the others; what is evicted never comes back, not for a follow-up.
 
-    score[layer] (B, H, N): -inf is evicted. A new token has the score 0 when it leaves the recent window.
+    score[layer] (B, H, N): -inf is evicted. A generated token begins with the score 0. A follow-up judges anew what is
+    still there, by its queries' attention to everything.
     """
 
     def __init__(self, *args, **named):
