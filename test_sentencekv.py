@@ -2077,6 +2077,16 @@ def test_what_was_evicted_never_comes_back_and_a_follow_up_does_not_see_it(name)
             held = cache.mask[0]
 
 
+def test_sentencekv_competes_with_the_papers_settings_at_the_common_windows():
+    made = {name: new(100) for name, new in baselines.methods(TOY_FLAGS).items() if name.startswith("SentenceKV")}
+    tell = lambda c: (c.rank, c.keep, c.pool_width, c.window, c.sink, c.recent, c.budget)
+    same, R = (32, 4, 32, 100), sentencekv.RANKS
+    assert {name: tell(cache) for name, cache in made.items()} == {
+        "SentenceKV": (R["spread"], None, 1, *same), "SentenceKV, bounds": (R["bounds"], None, 1, *same),
+        "SentenceKV, mean": (R["mean"], None, 1, *same), "SentenceKV, paper": (R["mean"], 2, 7, *same),
+        "SentenceKV, paper, keep 3": (R["mean"], 3, 7, *same)}
+
+
 def best_of(scores, far, room):
     """The `room` far positions with the largest scores."""
     return sorted(sorted(far, key=lambda i: -scores[i])[:room])
@@ -2411,6 +2421,20 @@ def test_a_follow_up_is_asked_on_the_same_cache(capsys):
     out = capsys.readouterr().out
     assert cells(out, "dense") == [1, 1, 1] and min(cells(out, "SentenceKV")) >= 0.8
     assert cells(out, "SnapKV")[1] <= 0.5
+
+
+@torch.no_grad()
+def test_a_follow_up_reads_every_token_once_and_a_fresh_prompt_has_the_second_question_alone(lab, monkeypatch):
+    made = []
+
+    class Spy(recording.Recorder):
+        def __init__(self, budget):
+            super().__init__()
+            made.append(self)
+    monkeypatch.setattr(lab, "new", {"spy": Spy})
+    assert quality.ask_twice(lab, 500, 8, 0.0, 1, 7, 8) == {"spy": [[True, True, True]]}
+    ids, ((_, q1, a1), (_, q2, a2)) = quality.document(random.Random(7), 484, lab.tokenizer, 8, 0.0, 2)
+    assert [cache.tokens[0].tolist() for cache in made] == [ids + q1 + a1 + q2 + a2[:-1], ids + q2 + a2[:-1]]
 
 
 @torch.no_grad()
