@@ -2438,16 +2438,19 @@ def test_a_follow_up_reads_every_token_once_and_a_fresh_prompt_has_the_second_qu
 
 
 @torch.no_grad()
-def test_perplexity_is_that_of_the_last_tokens_given_all_before(lab, tmp_path, capsys):
+def test_perplexity_is_that_of_the_last_tokens_given_all_before(lab, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text(story(2500, seed=3)[0], encoding="utf-8")
     arguments = ["perplexity", *FEW, "--text", str(tmp_path / "text.txt"), "--n", "3", "--score", "20"]
     (rows,) = quality.pieces(lab, quality.parse(arguments), 512, seed=1)
     assert rows.shape == (3, 512) and len({*map(tuple, rows.tolist())}) == 3
     logits = lab.model(rows[:, :-1], DenseKV(), all_logits=True)[:, -20:]
     loss = -logits.log_softmax(-1).gather(2, rows[:, -20:, None]).mean()
-    assert quality.main(arguments) == 0
+    monkeypatch.setattr(lab, "new", {"StreamingLLM": baselines.StreamingLLM, "dense": lab.new["dense"]})
+    quality.perplexity(lab, quality.parse(arguments))
     out = capsys.readouterr().out
-    assert cells(out, "dense") == [pytest.approx(float(loss.exp()), rel=0.02), 1.0]
+    perplexity, ratio = cells(out, "StreamingLLM")
+    assert cells(out, "dense") == [pytest.approx(float(loss.exp()), abs=1e-3), 1.0]
+    assert ratio == pytest.approx(perplexity / float(loss.exp()), abs=1e-3) and abs(ratio - 1) > 1e-3
     assert quality.main(["perplexity", *FEW, "--text", "lessons", "--n", "6"]) == 0
     out = capsys.readouterr().out
     assert 1.0 < cells(out, "SentenceKV")[1] < cells(out, "StreamingLLM")[1]
