@@ -306,7 +306,8 @@ class SentenceKV:
     window   queries at the prompt's end that judge importance, and
     pool     the width of the max-pool over it (odd; 1: none); both only used with keep=r.
     rank     "spread", "bounds" or the paper's "mean": see RANKS.
-    max_sentence  longer sentences are cut here; default 64, or less if the budget is small.
+    max_sentence  longer sentences are cut here; default 64, or a third of budget - sink - recent if that is less: the
+             window, rounded out to whole sentences, must not eat up what is left for fetching.
 
     A prompt (T > 1) attends exactly to everything kept; a single token is a decode step. What cannot work: ValueError.
     """
@@ -318,7 +319,7 @@ class SentenceKV:
             need(type(value) is int and value >= least or name == "max_sentence" and value is None,
                  f"{name} must be a whole number of at least {least}, got {value!r}")
         room = budget - sink - recent
-        max_sentence = min(64, room) if max_sentence is None else max_sentence
+        max_sentence = min(64, -(-room // 3)) if max_sentence is None else max_sentence
         need(room > 0, f"budget {budget} must exceed sink + recent = {sink + recent}: raise it or lower those")
         need(max_sentence <= room, f"max_sentence {max_sentence} must fit into budget - sink - recent = {room}")
         need(keep is None or type(keep) in (int, float) and 1 <= keep < float("inf"),

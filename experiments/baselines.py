@@ -247,7 +247,7 @@ class Sentences(Rival):
 
     def __init__(self, budget, flags, sink=4, recent=32, max_sentence=None):
         super().__init__(budget, sink, recent)
-        self.flags, self.cap, self.ids = F.pad(flags, (0, 1)), max_sentence or min(64, self.room), None
+        self.flags, self.cap, self.ids = F.pad(flags, (0, 1)), max_sentence or min(64, -(-self.room // 3)), None
 
     def begin(self, tokens):
         B, before = len(tokens), self.length

@@ -135,13 +135,18 @@ class Tried(Sentences):
         _, score, join = RULES[self.rule]
         total, n = self.asked[layer]                                             # answers here are one sentence each
         self.asked[layer] = total, n = total + q.float(), n + 1
-        if self.known.get(layer, (0,))[0] != int(self.far.sum()):                # only then are there new far sentences
-            self.known[layer] = int(self.far.sum()), Summary(self, layer, self.inv_freq)
+        state = int(self.far.sum()), int(self.ids.max())
+        if self.known.get(layer, (None,))[0] != state:                           # only then are there new sentences
+            self.known[layer] = state, Summary(self, layer, self.inv_freq)
         heads = lambda q: q[:, :, 0].float().unflatten(1, (self.k(layer).shape[1], -1))      # (B, H, G, d)
         scores = score(heads(q), heads(total / n), self.known[layer][1])
         if join == "softmax":
             return (scores * q.shape[-1] ** -0.5).softmax(-1).mean(2)
         return scores.amax(2) if join == "max" else scores.mean(2)
+
+def cut(new, cap, budget):
+    """The same with sentences cut at `cap` tokens, or at all that may be fetched."""
+    return new(budget, max_sentence=min(cap, budget - 36))
 
 COMMANDS = ["needles --lengths 1024 --parts 32 --n 240 --seeds 140",
             "recall --lengths 4096 --parts 32 --n 16 --seeds 141",
@@ -156,7 +161,7 @@ def main():
     lab.new = {f"{name} ({floats} d)": functools.partial(Tried, flags=flags, rule=name, inv_freq=lab.model.inv_freq)
                for name, (floats, *_) in RULES.items()}
     first = next(iter(lab.new.values()))
-    lab.new |= {f"the first, sentences cut at {cap}": functools.partial(first, max_sentence=cap) for cap in (16, 32)}
+    lab.new |= {f"the first, sentences cut at {cap}": functools.partial(cut, first, cap) for cap in (16, 64)}
     lab.new["oracle, sentences"] = oracle
     for command in COMMANDS:
         print("quality.py", command)
