@@ -2409,7 +2409,7 @@ def test_needles_are_found_by_length_and_depth_and_a_log_goes_on_where_it_stoppe
     assert again.err == "" and log.read_text() == done
     assert [line for line in again.out.splitlines() if line[:1] == "|"] == [
         line for line in first.out.splitlines() if line[:1] == "|"]
-    svg = ElementTree.parse(tmp_path / "needles-8-grammar-8.svg").getroot()
+    svg = ElementTree.parse(tmp_path / "needles-8-facts-grammar-8.svg").getroot()
     assert len([e for e in svg if e.tag.endswith("rect")]) == 3 * 10
     log.write_text("{}\n")
     assert quality.main(arguments) == 2

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections import defaultdict
@@ -126,19 +127,26 @@ def needles(lab, args):
             if log:
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(cells[key]) + "\n")
-    for facts, prose, part in itertools.product(args.facts, args.prose, map(str, args.parts)):
-        pooled = {length: [cells[length, facts, prose, args.n, seed] for seed in args.seeds] for length in args.lengths}
-        together = lambda name: {length: [ok for cell in some for ok in cell["right"][part][name]]
-                                 for length, some in pooled.items()}
-        kind = f"{facts} fact{'s' * (facts > 1)}, {'prose' if prose else 'grammar'}, 1/{part}"
-        table(kind, args.lengths, {name: map(share_of, together(name).values()) for name in lab.new})
-        depths = {length: [d for cell in some for d in cell["depths"]] for length, some in pooled.items()}
-        maps = {name: {length: heat(depths[length], right) for length, right in together(name).items()}
-                for name in lab.new}
-        for name, rows in maps.items():
-            print("\n".join(heat_text(f"{name}, by depth", rows)))
-        if args.svg:
-            heat_svg(maps, Path(args.svg) / f"needles-{facts}-{'prose' if prose else 'grammar'}-{part}.svg")
+    kinds = [*itertools.product(args.facts, args.prose)]
+    for some in [[kind] for kind in kinds] + [kinds] * (len(kinds) > 1):
+        for part in map(str, args.parts):
+            report_needles(lab, args, cells, some, part)
+
+def report_needles(lab, args, cells, kinds, part):
+    """Table and heat maps of all cells of these kinds of text, [(facts, prose), ...], taken together."""
+    pooled = {length: [cells[(length, *kind, args.n, seed)] for kind in kinds for seed in args.seeds]
+              for length in args.lengths}
+    depths = {length: [d for cell in some for d in cell["depths"]] for length, some in pooled.items()}
+    right = {name: {length: [ok for cell in some for ok in cell["right"][part][name]]
+                    for length, some in pooled.items()} for name in lab.new}
+    (facts, prose), *more = kinds
+    title = "all kinds" if more else f"{facts} fact{'s' * (facts > 1)}, {'prose' if prose else 'grammar'}"
+    table(f"{title}, 1/{part}", args.lengths, {name: map(share_of, of.values()) for name, of in right.items()})
+    maps = {name: {length: heat(depths[length], of[length]) for length in of} for name, of in right.items()}
+    for name, rows in maps.items():
+        print("\n".join(heat_text(f"{name}, by depth", rows)))
+    if args.svg:
+        heat_svg(maps, Path(args.svg) / f"needles-{re.sub('[^a-z0-9]+', '-', title)}-{part}.svg")
 
 # --------------------------------------------------------------------------------------------------------- follow-up
 
