@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 
 import sentencekv
 import tokenizer as T
-from experiments import ask, baselines, benchmarks, figures, quality, recording, rules
+from experiments import align, ask, baselines, benchmarks, figures, quality, recording, rules
+from experiments.corpus import VALUE
 from experiments.recording import start
 from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, rope_frequencies, rotate, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
-from train_tiny import needle, story
+from train_tiny import TrainingCache, batch, needle, story
 
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
@@ -2118,14 +2119,14 @@ def test_snapkv_keeps_what_the_last_queries_attend_to_max_pooled_over_seven():
 
 def test_h2o_keeps_what_got_the_most_attention_of_all_queries_also_while_it_generates():
     random, cache = Random(7), baselines.H2O(50)
-    random.into(90, cache)
+    random.into(40, cache)
     score = {}
     for b, h in rows_and_heads(random):
-        score[b, h] = torch.zeros(90, dtype=torch.float64)
-        for t in range(90):
+        score[b, h] = torch.zeros(40, dtype=torch.float64)
+        for t in range(40):
             score[b, h][:t + 1] += random.weights(b, h, t).sum(0)
-    held = {key: [*range(4), *best_of(score[key], [*range(4, 58)], 14), *range(58, 90)] for key in score}
-    for T in [1] * 45 + [9, 1, 1, 1]:                             # generated tokens leave the recent window, too
+    held = {key: [*range(4), *best_of(score[key], [*range(4, 8)], 14), *range(8, 40)] for key in score}
+    for T in [1] * 40 + [9] + [1] * 20:                             # generated tokens compete as well
         random.into(T, cache)
         N = cache.length
         for b, h in rows_and_heads(random):
@@ -2622,3 +2623,47 @@ def test_longbench_files_are_run_and_scored(tmp_path, monkeypatch, capsys):
     assert [length for _, length in asked] == [32, 64, 64] and "Long." in asked[0][0] and "Where?" in asked[0][0]
     assert quality.main(["longbench", qa, trec, *FEW[:2], "--metric", "exact", "--max-new-tokens", "5"]) == 0
     assert cells(capsys.readouterr().out, "dense") == [0.0, 100.0] and asked[-1][1] == 5
+
+
+# The loss that trains the paper's rule
+
+def test_the_alignment_loss_is_the_cross_entropy_from_attention_to_the_papers_scores():
+    rng, B, L, H, G, d = torch.Generator().manual_seed(0), 2, 60, 2, 2, 4
+    tokens = torch.multinomial(torch.tensor([3.0, 6, 0, 1.5]), B * L, True, generator=rng).view(B, L)
+    weights = torch.full((B, L), 0.05)
+    weights[:, [5, 30, 41, 59]] = VALUE
+    cache = align.AligningCache(tokens, weights, torch.arange(L).expand(B, L), TOY_FLAGS)
+    q, k = (torch.randn(B, heads, L, d, generator=rng, dtype=torch.float64) for heads in (H * G, H))
+    losses = []
+    for b in range(B):
+        ids = plain_sentences(tokens[b].tolist(), 0, 64)
+        for t in [t for t in (5, 30, 41, 59) if ids[t] > 1]:
+            for h in range(H):
+                group = q[b, h * G:h * G + G]
+                attention = torch.stack([torch.softmax(k[b, h, :t + 1] @ one[t] / 2, 0) for one in group]).mean(0)
+                members = [[i for i in range(L) if ids[i] == s] for s in range(ids[t] - 1)]      # not the one before
+                mean = group[:, [i for i in range(t + 1) if ids[i] == ids[t]]].mean((0, 1))
+                scores = torch.stack([4 * mean @ k[b, h, at].mean(0) / 2 for at in members]).log_softmax(0)
+                losses.append(-sum(attention[at].sum() * score for at, score in zip(members, scores)))
+    found = cache.alignment(q.unflatten(1, (H, G)), k)
+    assert len(losses) > 8 and float(found) == pytest.approx(float(sum(losses) / len(losses)), abs=1e-4)
+    out = cache.attend(0, q, k, k)
+    assert float(cache.extra_loss) == pytest.approx(0.3 * float(found), abs=1e-5)
+    assert_close(out, TrainingCache(None).attend(0, q, k, k))
+
+
+@torch.enable_grad()
+def test_training_against_the_alignment_loss_lowers_it(tiny):
+    model, tokenizer, _ = tiny
+    model = Llama.from_pretrained(TINY, dtype=torch.float32).requires_grad_(True)
+    tokens, weights, positions = batch(random.Random(1), 2, 256, 0, 0.0, tokenizer)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    for _ in range(6):
+        torch.manual_seed(0)                                          # the same rows every time
+        cache = align.aligning(tokenizer)(tokens[:, :-1], weights, positions)
+        model(tokens[:, :-1], cache)
+        losses.append(float(cache.extra_loss.detach()))
+        optimizer.zero_grad()
+        cache.extra_loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
