@@ -148,10 +148,10 @@ def cut(new, cap, budget):
     """The same with sentences cut at `cap` tokens, or at all that may be fetched."""
     return new(budget, max_sentence=min(cap, budget - 36))
 
-COMMANDS = ["needles --lengths 1024 --parts 32 --n 240 --seeds 140",
-            "recall --lengths 4096 --parts 32 --n 16 --seeds 141",
-            "needles --lengths 4096 --parts 32 --n 96 --prose 1 --seeds 142",
-            "needles --lengths 4096 --parts 32 --n 96 --facts 80 --seeds 143"]
+COMMANDS = ["needles --lengths 1024 --parts 32 --n 192 --seeds 140",
+            "needles --lengths 4096 --parts 32 --n 48 --prose 1 --seeds 142",
+            "needles --lengths 4096 --parts 32 --n 48 --facts 80 --seeds 143",
+            "recall --lengths 4096 --parts 32 --n 6 --score 16 --seeds 141"]
 
 @torch.no_grad()
 def main():
