@@ -94,7 +94,7 @@ def spread(q, s, times=1.0):
     return dot(q, s.mean) + times * dot(q.abs(), s.deviation)
 
 def unturned(q, s):
-    return s.turn(q, torch.full_like(s.t[:1], 1 - len(s.t))[None, None])
+    return s.turn(q, 1 - torch.full_like(s.t[:1], len(s.cache.t))[None, None])
 
 RULES = {  # name: (numbers / d, score (B, H, G, S) by current query q, mean query m, summary s; how a group is joined)
     "spread, half mean query": (2, lambda q, m, s: spread((q + m) / 2, s), "mean"),
@@ -135,20 +135,21 @@ class Tried(Sentences):
         _, score, join = RULES[self.rule]
         total, n = self.asked[layer]                                             # answers here are one sentence each
         self.asked[layer] = total, n = total + q.float(), n + 1
-        state = int(self.far.sum()), int(self.ids.max())
-        if self.known.get(layer, (None,))[0] != state:                           # only then are there new sentences
-            self.known[layer] = state, Summary(self, layer, self.inv_freq)
+        newest = (self.ids * self.far).amax(1)                                   # (B,) the last far sentence
+        if layer not in self.known or bool((newest >= self.known[layer][0]).any()):          # it was not complete then
+            self.known[layer] = self.ids[:, -1], Summary(self, layer, self.inv_freq)
         heads = lambda q: q[:, :, 0].float().unflatten(1, (self.k(layer).shape[1], -1))      # (B, H, G, d)
         scores = score(heads(q), heads(total / n), self.known[layer][1])
         if join == "softmax":
-            return (scores * q.shape[-1] ** -0.5).softmax(-1).mean(2)
-        return scores.amax(2) if join == "max" else scores.mean(2)
+            scores = (scores * q.shape[-1] ** -0.5).softmax(-1)
+        scores = scores.amax(2) if join == "max" else scores.mean(2)             # (B, H, sentences when it was made)
+        return F.pad(scores, (0, int(self.ids.max()) + 1 - scores.shape[2]), value=-torch.inf)
 
 def cut(new, cap, budget):
     """The same with sentences cut at `cap` tokens, or at all that may be fetched."""
     return new(budget, max_sentence=min(cap, budget - 36))
 
-COMMANDS = ["needles --lengths 1024 --parts 32 --n 192 --seeds 140",
+COMMANDS = ["needles --lengths 1024 --parts 32 --n 96 --seeds 140",
             "needles --lengths 4096 --parts 32 --n 48 --prose 1 --seeds 142",
             "needles --lengths 4096 --parts 32 --n 48 --facts 80 --seeds 143",
             "recall --lengths 4096 --parts 32 --n 6 --score 16 --seeds 141"]
