@@ -2467,6 +2467,16 @@ def test_pieces_of_text_are_of_the_length_asked_for_and_repeatable(lab, text):
     assert (a[:, 0] == lab.tokenizer.bos_id).all()
 
 
+def test_recall_decodes_the_answers_of_needles_and_the_end_of_texts(lab):
+    args = quality.parse(["recall", "--n", "2", "--score", "6", "--text", "help"])
+    (prompt, tokens), = quality.to_decode(lab, args, "text", 256, 4)
+    (rows,) = quality.pieces(lab, args, 256, 4)
+    assert tokens.shape == (2, 6) and torch.equal(torch.cat((prompt, tokens), 1), rows)
+    for prompt, tokens in quality.to_decode(lab, args, "needles", 500, 4):
+        text = lab.tokenizer.decode(prompt[0].tolist())
+        assert text.endswith("?") and lab.tokenizer.decode(tokens[0].tolist()) in text
+
+
 def test_recall_of_needles_and_of_text_is_told_by_layer(capsys):
     methods = ["SentenceKV", "oracle, tokens"]
     assert quality.main(["recall", *FEW[4:], "--methods", *methods, "--n", "1", "--score", "6", "--text", "help"]) == 0
@@ -2536,6 +2546,7 @@ def test_scores_of_known_answers():
     assert benchmarks.f1("rome rome", "rome") == pytest.approx(2 / 3) and benchmarks.f1("", "rome") == 0.0
     assert benchmarks.f1("Oslo", "Rome") == 0.0 and benchmarks.f1("A Rome", "the rome.") == 1.0
     assert benchmarks.rouge_l("the cat sat", "the cat sat") == 1.0 and benchmarks.rouge_l("a b", "c d") == 0.0
+    assert benchmarks.rouge_l("The Cat", "the cAT") == 1.0
     assert benchmarks.rouge_l("b a", "a b") == 0.5                              # in order: one of two words
     assert benchmarks.rouge_l("police killed the gunman", "police kill the gunman") == 0.75
     assert benchmarks.exact("The Rome.", "rome") == 1.0 and benchmarks.exact("Rome now", "rome") == 0.0
