@@ -134,6 +134,11 @@ def key_bounds(k, ids, S):
     """The largest k and the largest -k of each sentence, element by element: -> (S, B, H, 2d). Bounds as in Quest."""
     return reduce_keys(torch.cat((k, -k), dim=-1), ids, S, "amax")
 
+def key_spread(k, ids, S):
+    """The mean key of each sentence and the standard deviation around it, element by element: -> (S, B, H, 2d)."""
+    mean, square = (reduce_keys(x, ids, S, "mean") for x in (k.float(), k.float() ** 2))
+    return torch.cat((mean, (square - mean * mean).clamp(min=0).sqrt()), dim=-1).to(k.dtype)
+
 def reduce_keys(k, ids, S, how):
     N, B, H, d = k.shape
     rows = (ids * B + torch.arange(B, device=k.device)).reshape(N * B, 1).expand(N * B, H * d)
@@ -142,14 +147,20 @@ def reduce_keys(k, ids, S, how):
 
 # ------------------------------------------------------------------------------------- 3. decode: rank and select
 
+def with_size(q):
+    """Queries (B, H, G, d) and the absolute values of their elements, the mean of each group: -> (B, H, 2d)."""
+    return torch.cat((q, q.abs()), dim=-1).mean(2)
+
 # A rule: the width of its vectors as a multiple of d; keys of sentences -> their vectors; and (query q (B, H, G, d),
 # sum of this sentence's queries (B, H, G, d), their number (B,)) -> what the vectors are multiplied with, (B, H, w).
 # The G query heads of a group share one ranking: their mean is taken. "bounds": no key of a sentence has a larger
-# product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). Paper: "mean", qbar . kbar; but a mean is blind
-# to a key that stands out.
+# product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). "spread": how large a product can be expected,
+# q . mean k + |q| . deviation of k, with q halfway between the current query and qbar. Paper: "mean", qbar . kbar; but
+# a mean is blind to a key that stands out.
 RANKS = {
     "mean": (1, mean_keys, lambda q, total, n: (total.mean(2) / n[:, None, None]).to(q.dtype)),
     "bounds": (2, key_bounds, lambda q, total, n: torch.cat((q, -q), dim=-1).relu().mean(2)),
+    "spread": (2, key_spread, lambda q, total, n: with_size((q + total / n[:, None, None, None]) / 2).to(q.dtype)),
 }
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
 
@@ -350,15 +361,16 @@ class SentenceKV:
     recent   last tokens, always attended, with the rest of the sentence that the oldest of them is in.
     window   queries at the prompt's end that judge importance, and
     pool     the width of the max-pool over it (odd; 1: none); both only used with keep=r.
-    rank     "bounds", or the paper's "mean": see RANKS.
-    max_sentence  longer sentences are cut here; default 64, or less if the budget is small.
+    rank     "spread", "bounds" or the paper's "mean": see RANKS.
+    max_sentence  longer sentences are cut here; default 64, or a third of budget - sink - recent if that is less: the
+             window, rounded out to whole sentences, must not eat up what is left for fetching.
     refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
     lookahead  choose and fetch for the next token with this one's query, on CUDA while other layers compute.
 
     A prompt (T > 1) attends exactly to everything kept; a single token is a decode step. What cannot work: ValueError.
     """
 
-    def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="bounds",
+    def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="spread",
                  max_sentence=None, refresh=1, lookahead=False):
         for name, value, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, 1),
                                    ("window", window, 1), ("pool", pool, 1), ("max_sentence", max_sentence, 1),
@@ -366,7 +378,7 @@ class SentenceKV:
             need(type(value) is int and value >= least or name == "max_sentence" and value is None,
                  f"{name} must be a whole number of at least {least}, got {value!r}")
         room = budget - sink - recent - refresh + 1
-        max_sentence = min(64, room) if max_sentence is None else max_sentence
+        max_sentence = min(64, -(-room // 3)) if max_sentence is None else max_sentence
         more = " + refresh - 1" if refresh > 1 else ""
         need(room > 0, f"budget {budget} must exceed sink + recent{more} = {budget - room}: raise it or lower those")
         need(max_sentence <= room, f"max_sentence {max_sentence} must fit into the rest of the budget = {room}")

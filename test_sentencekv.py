@@ -7,6 +7,7 @@ import base64
 import contextlib
 import copy
 import doctest
+import functools
 import hashlib
 import inspect
 import io
@@ -38,11 +39,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentencekv
 import tokenizer as T
-from experiments import ask, gpu_check, living, measure, parts, speed, svg
-from model import LLAMA3_ROPE, SHAPES, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, sample
+from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, living, measure, parts, quality,
+                         recording, rules, speed, svg)
+from experiments.corpus import VALUE
+from experiments.recording import start
+from model import (LLAMA3_ROPE, SHAPES, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, rotate,
+                   sample)
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
-from train_tiny import needle, story
+from train_tiny import TrainingCache, batch, needle, story
 
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
@@ -692,7 +697,7 @@ def test_flags_come_from_the_tokenizers_own_bytes_even_broken_ones():
     (dict(keep=float("nan")), "keep must be"),
     (dict(keep=True), "keep must be"),
     (dict(pool=4), "pool must be odd, got 4"),
-    (dict(rank="best"), "rank must be one of mean, bounds, got 'best'"),
+    (dict(rank="best"), "rank must be one of mean, bounds, spread, got 'best'"),
     (dict(refresh=0), "refresh must be a whole number of at least 1, got 0"),
     (dict(lookahead=1), "lookahead must be True or False, got 1"),
     (dict(budget=48, sink=4, recent=32, refresh=13), r"budget 48 must exceed sink \+ recent \+ refresh - 1 = 48"),
@@ -1216,6 +1221,20 @@ def test_a_fork_cut_back_into_what_it_shares_leaves_the_other_alone(written):
             model.prefill(ragged(rows), dense)
             assert_close(model(step, one), model(step, dense))
             one.truncate([len(row) for row in rows])
+
+
+def test_a_fork_between_two_fetches_fetches_for_itself():
+    rng, model = random.Random(3), toy_model(3)
+    cache, text = SentenceKV(TOY_FLAGS, budget=600, sink=2, recent=5, max_sentence=9, refresh=4), toy_text(rng, 50)
+    model.prefill(ragged([text]), cache)
+    for id in toy_text(rng, 2):
+        model(torch.tensor([[id]]), cache)
+        text.append(id)
+    for one in (cache.fork(), cache):
+        dense = DenseKV()
+        model.prefill(ragged([text]), dense)
+        for id in toy_text(rng, 6):
+            assert_close(model(torch.tensor([[id]]), one), model(torch.tensor([[id]]), dense))
 
 
 def test_a_hundred_forks_share_one_pool():
@@ -2848,6 +2867,714 @@ def test_help_explains_every_option(capsys):
 def test_ctrl_c_ends_cleanly(monkeypatch, capsys):
     monkeypatch.setattr(ask, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert ask.main([]) == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+
+# ------------------------------------------------------------------------- 13. quality: rivals, measures, scoring
+
+RIVALS = [name for name, new in baselines.methods(TOY_FLAGS).items() if isinstance(new(64), baselines.Rival)]
+
+
+class Random:
+    """Random tokens, q, k, v in float64, the same for every cache of the same seed; remembers all that went through."""
+
+    def __init__(self, seed, B=2, Hq=4, H=2, d=8, layers=1):
+        self.rng, self.shape, self.layers = torch.Generator().manual_seed(seed), (B, Hq, H, d), layers
+        self.tokens, self.q, self.k, self.v = torch.zeros(B, 0, dtype=torch.long), [], [], []
+
+    def next(self, T):
+        B, Hq, H, d = self.shape
+        tokens = torch.multinomial(torch.tensor([3.0, 6, 1, 0.5, 0.5, 0.5]), B * T, True, generator=self.rng).view(B, T)
+        random = lambda heads: torch.randn(self.layers, B, heads, T, d, generator=self.rng, dtype=torch.float64)
+        new = random(Hq), random(H), random(H)
+        self.tokens = torch.cat((self.tokens, tokens), 1)
+        self.q, self.k, self.v = (torch.cat((*old[-1:], x), 3)[None] for old, x in zip((self.q, self.k, self.v), new))
+        return tokens, *new
+
+    def into(self, T, *caches):
+        """T more of everything through the caches: their outputs."""
+        tokens, q, k, v = self.next(T)
+        for cache in caches:
+            cache.begin(tokens)
+        return [torch.stack([cache.attend(l, q[l], k[l], v[l]) for l in range(self.layers)]) for cache in caches]
+
+    def weights(self, b, h, t=-1, layer=0):
+        """Attention of query t to everything up to it, by definition, one row for each query head of the group."""
+        q, k = self.q[0][layer, b], self.k[0][layer, b, h]
+        G, N = len(q) // self.shape[2], k.shape[0]
+        t = t % N
+        return torch.stack([torch.softmax(k[:t + 1] @ q[h * G + g, t] / math.sqrt(k.shape[1]), 0) for g in range(G)])
+
+
+def rows_and_heads(random):
+    return itertools.product(range(random.shape[0]), range(random.shape[2]))
+
+
+def positions_of(mask):
+    return mask.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("name", baselines.methods(TOY_FLAGS))
+def test_any_method_with_a_budget_that_covers_the_context_equals_dense_attention(name):
+    random, cache, dense = Random(1, layers=2), baselines.methods(TOY_FLAGS)[name](200), DenseKV()
+    for T in (90, *[1] * 40, 9, 1, 1, 30, 1):
+        out, expected = random.into(T, cache, dense)
+        assert_close(out, expected)
+
+
+@pytest.mark.parametrize("name", baselines.methods(TOY_FLAGS))
+def test_any_method_works_from_an_empty_cache_token_by_token(name):
+    settings = baselines.methods(TOY_FLAGS)[name]
+    if "paper" in name:
+        with pytest.raises(ValueError, match="observation window"):
+            random, cache = Random(2), settings(100)
+            random.into(1, cache)
+        return
+    random, cache, dense = Random(2), settings(100), DenseKV()
+    for _ in range(60):
+        out, expected = random.into(1, cache, dense)
+        assert_close(out, expected)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_attends_to_budget_tokens_and_exactly_to_its_mask(name):
+    random, cache = Random(3), baselines.methods(TOY_FLAGS)[name](60)
+    random.into(150, cache)
+    for T in [1] * 12 + [7] + [1] * 3:
+        (out,) = random.into(T, cache)
+        if T > 1:
+            continue
+        N, mask = cache.length, cache.mask[0]
+        assert (mask.sum(-1) == 60).all() and mask.shape[-1] == N
+        assert mask[..., :4].all() and mask[..., -32:].all()
+        for b, h in rows_and_heads(random):
+            at = positions_of(mask[b, h])
+            expected = plain_attention(random.q[0][0, b, 2 * h:2 * h + 2, -1], random.k[0][0, b, h, at],
+                                       random.v[0][0, b, h, at])
+            assert_close(out[0, b, 2 * h:2 * h + 2, 0], expected)
+
+
+@pytest.mark.parametrize("name", ["StreamingLLM", "SnapKV", "H2O"])
+def test_what_was_evicted_never_comes_back_and_a_follow_up_does_not_see_it(name):
+    random, cache = Random(4), baselines.methods(TOY_FLAGS)[name](60)
+    random.into(150, cache)
+    random.into(1, cache)
+    held = cache.mask[0]
+    for T in (1, 1, 7, 1):
+        before = cache.held(0)
+        (out,) = random.into(T, cache)
+        if T > 1:
+            for (b, h), t in itertools.product(rows_and_heads(random), range(T)):
+                at = positions_of(before[b, h]) + [*range(before.shape[-1], before.shape[-1] + t + 1)]
+                q = random.q[0][0, b, 2 * h:2 * h + 2, cache.length - T + t]
+                assert_close(out[0, b, 2 * h:2 * h + 2, t],
+                             plain_attention(q, random.k[0][0, b, h, at], random.v[0][0, b, h, at]))
+        else:
+            assert not (cache.mask[0][..., :held.shape[-1]] & ~held).any()
+            held = cache.mask[0]
+
+
+def test_sentencekv_competes_with_the_papers_settings_at_the_common_windows():
+    made = {name: new(100) for name, new in baselines.methods(TOY_FLAGS).items() if name.startswith("SentenceKV")}
+    tell = lambda c: (c.rank, c.keep, c.pool_width, c.window, c.sink, c.recent, c.budget)
+    same, R = (32, 4, 32, 100), sentencekv.RANKS
+    assert {name: tell(cache) for name, cache in made.items()} == {
+        "SentenceKV": (R["spread"], None, 1, *same), "SentenceKV, bounds": (R["bounds"], None, 1, *same),
+        "SentenceKV, mean": (R["mean"], None, 1, *same), "SentenceKV, paper": (R["mean"], 2, 7, *same),
+        "SentenceKV, paper, keep 3": (R["mean"], 3, 7, *same)}
+
+
+def best_of(scores, far, room):
+    """The `room` far positions with the largest scores."""
+    return sorted(sorted(far, key=lambda i: -scores[i])[:room])
+
+
+def test_streamingllm_attends_to_the_sink_and_the_latest_tokens():
+    random, cache = Random(5), baselines.StreamingLLM(60)
+    for T in (100, 1, 1, 20, 1):
+        random.into(T, cache)
+    N = cache.length
+    assert all(positions_of(row) == [*range(4), *range(N - 56, N)] for row in cache.mask[0].flatten(0, 1))
+
+
+def test_snapkv_keeps_what_the_last_queries_attend_to_max_pooled_over_seven():
+    random, cache = Random(6), baselines.SnapKV(60)
+    for T in (120, 1):
+        random.into(T, cache)
+    for b, h in rows_and_heads(random):
+        alpha = torch.zeros(120)
+        for t in range(88, 120):
+            alpha[:t + 1] += random.weights(b, h, t).sum(0)
+        pooled = [float(max(alpha[max(0, i - 3):i + 4])) for i in range(120)]
+        held = best_of(pooled, [*range(4, 88)], 24)               # then token 88 left the recent window
+        values = lambda positions: pytest.approx(sorted(pooled[i] for i in positions), rel=1e-6)    # neighbours tie
+        taken = positions_of(cache.mask[0][b, h])
+        assert taken[:4] == [*range(4)] and taken[-32:] == [*range(89, 121)]
+        assert sorted(pooled[i] for i in taken[4:-32]) == values(best_of(pooled, held + [88], 24))
+
+
+def test_h2o_keeps_what_got_the_most_attention_of_all_queries_also_while_it_generates():
+    random, cache = Random(7), baselines.H2O(50)
+    random.into(40, cache)
+    score = {}
+    for b, h in rows_and_heads(random):
+        score[b, h] = torch.zeros(40, dtype=torch.float64)
+        for t in range(40):
+            score[b, h][:t + 1] += random.weights(b, h, t).sum(0)
+    held = {key: [*range(4), *best_of(score[key], [*range(4, 8)], 14), *range(8, 40)] for key in score}
+    for T in [1] * 40 + [9] + [1] * 20:                             # generated tokens compete as well
+        random.into(T, cache)
+        N = cache.length
+        for b, h in rows_and_heads(random):
+            key, s = (b, h), torch.cat((score[b, h], torch.zeros(T, dtype=torch.float64)))
+            if T > 1:                                             # a follow-up: its queries add what they attend to
+                for t in range(N - T, N):
+                    s[:t + 1] += random.weights(b, h, t).sum(0)
+                held[key], score[key] = held[key] + [*range(N - T, N)], s
+                held[key] = [*range(4), *best_of(s, [i for i in held[key] if 4 <= i < N - 32], 14), *range(N - 32, N)]
+                continue
+            held[key] = [*range(4), *best_of(s, [i for i in held[key] + [N - 1] if 4 <= i < N - 32], 14),
+                         *range(N - 32, N)]
+            assert positions_of(cache.mask[0][b, h]) == held[key]
+            q, k = random.q[0][0, b, 2 * h:2 * h + 2, -1], random.k[0][0, b, h, held[key]]
+            s[held[key]] += torch.softmax(q @ k.T / math.sqrt(8), -1).sum(0)
+            score[key] = s
+
+
+def plain_blocks(random, cache, size, score):
+    """The mask of whole blocks by score(b, h, positions of the block), the last one cut."""
+    N = cache.length
+    for b, h in rows_and_heads(random):
+        blocks = [[*range(i, min(i + size, N))] for i in range(0, N, size)]
+        far = []
+        for block in sorted(blocks, key=lambda block: -score(b, h, block)):
+            far += [i for i in block if 4 <= i < N - cache.recent]
+        near = [*range(4), *range(N - cache.recent, N)]
+        assert positions_of(cache.mask[0][b, h]) == sorted(near + far[:cache.room])
+
+
+@pytest.mark.parametrize("recent", [32, 1])
+def test_quest_takes_the_pages_of_16_with_the_largest_bounds(recent):
+    random, cache = Random(8), baselines.Quest(75, recent=recent)
+    random.into(187, cache)
+
+    def bound(b, h, page):
+        k = random.k[0][0, b, h, page]
+        return sum(float(torch.maximum(q * k.amax(0), q * k.amin(0)).sum())
+                   for q in random.q[0][0, b, 2 * h:2 * h + 2, -1])
+    for T in [1] * 6 + [15, 1]:                                       # 194 tokens: a page of two; 209: a page of one
+        random.into(T, cache)
+        if T == 1:
+            plain_blocks(random, cache, 16, bound)
+            pages = random.k[0][0].split(16, dim=2)
+            assert torch.equal(cache.bounds[0], torch.stack([torch.cat((k.amax(2), -k.amin(2)), -1) for k in pages], 2))
+
+
+def test_infllm_ranks_blocks_of_32_by_the_four_keys_that_the_queries_after_them_liked():
+    random, cache = Random(9), baselines.InfLLM(90)
+    random.into(180, cache)
+    random.into(1, cache)
+    random.into(9, cache)
+
+    def score(b, h, block):
+        q, k = random.q[0][0, b, 2 * h:2 * h + 2].mean(0), random.k[0][0, b, h]
+        liked = {m: float(sum(q[m + 1:m + 33] @ k[m])) if m + 1 < len(q) else 0.0 for m in block}
+        best = sorted(block, key=lambda m: -liked[m])[:4]
+        return float(sum(q[-1] @ k[m] for m in best))
+    for _ in range(3):
+        random.into(1, cache)
+        plain_blocks(random, cache, 32, score)
+
+
+def plain_tail(ids, recent):
+    return ids.index(ids[max(len(ids) - recent, 0)])
+
+
+@pytest.mark.parametrize("name", ["oracle, tokens", "oracle, sentences"])
+def test_the_oracles_take_what_really_gets_the_most_attention(name):
+    random, cache = Random(10), baselines.methods(TOY_FLAGS)[name](60)
+    for T in (140, 1, 1, 6, 1):
+        random.into(T, cache)
+    N = cache.length
+    for b, h in rows_and_heads(random):
+        mass = random.weights(b, h).mean(0)
+        ids = plain_sentences(random.tokens[b].tolist(), 4, 8)
+        if name == "oracle, tokens":
+            tail, order = N - 32, sorted(range(4, N - 32), key=lambda i: -mass[i])
+        else:
+            tail = plain_tail(ids, 32)
+            members = {s: [i for i in range(4, tail) if ids[i] == s] for s in ids[4:tail]}
+            order = [i for s in sorted(members, key=lambda s: -sum(mass[members[s]])) for i in members[s]]
+        assert positions_of(cache.mask[0][b, h]) == sorted([*range(4), *order[:60 - 4 - (N - tail)], *range(tail, N)])
+
+
+class ByDefinition(baselines.Sentences):
+    """SentenceKV's rules without its vectors and sums, sentence by sentence."""
+
+    def __init__(self, *args, rank):
+        super().__init__(*args)
+        self.rank, self.asked, self.starts_anew = rank, {}, True
+
+    def read(self, layer, q, sums=None):
+        self.asked[layer] = [[] for _ in q]                                      # queries of the open sentence, per row
+
+    def scores(self, layer, q):
+        (B, Hq, _, d), k, S = q.shape, self.k(layer), int(self.ids.max()) + 1
+        result = torch.full((B, 2, S), -torch.inf, dtype=k.dtype)
+        for b, asked in enumerate(self.asked[layer]):
+            if self.starts_anew and self.ids[b, -1] != self.ids[b, -2]:
+                asked.clear()
+            asked.append(q[b, :, 0].view(2, 2, d))                               # (H, G, d)
+            mean = torch.stack(asked).mean(0)
+            for s, h in itertools.product(range(S), range(2)):
+                keys = k[b, h, (self.ids[b] == s) & (self.t >= self.sink)]
+                if len(keys):
+                    result[b, h, s] = torch.stack([self.score(*x, keys) for x in zip(asked[-1][h], mean[h])]).mean()
+        return result
+
+    def score(self, q, mean, keys):
+        """One sentence, one query head: q and mean (d,), keys (n, d)."""
+        if self.rank == "mean":
+            return mean @ keys.mean(0)
+        if self.rank == "bounds":
+            return torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum()
+        q = (q + mean) / 2
+        return q @ keys.mean(0) + q.abs() @ keys.std(0, correction=0)
+
+
+@pytest.mark.parametrize("rank", sentencekv.RANKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_sentencekv_attends_to_what_the_same_rule_takes_among_the_rivals(seed, rank):
+    """The segmentation of the rivals, their rounded window, and how recall reads what a SentenceKV attended to."""
+    random, rival = Random(seed, layers=2), ByDefinition(70, TOY_FLAGS, rank=rank)
+    cache = SentenceKV(TOY_FLAGS, budget=70, rank=rank)
+    for T in (160, *[1] * 6, 40, 1, 1):
+        tokens, q, k, v = random.next(T)
+        where = torch.arange(rival.length, rival.length + T).double()[:, None].expand(k.shape[1:])
+        for c, values in ((rival, v), (cache, where[None].expand(k.shape))):
+            c.begin(tokens)
+            for layer in range(2):
+                c.attend(layer, q[layer], k[layer], values[layer])
+                if c is cache and T == 1:
+                    assert torch.equal(recording.attended(cache), rival.mask[layer])
+
+
+def test_attention_sums_are_sums_of_attention():
+    random = Random(11)
+    random.next(300)
+    sums = recording.attention_sums(random.q[0][0][:, :, -170:], random.k[0][0])
+    for b, h in rows_and_heads(random):
+        expected = torch.zeros(300, dtype=torch.float64)
+        for t in range(130, 300):
+            expected[:t + 1] += random.weights(b, h, t).sum(0)
+        assert (sums[b, h] - expected).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def lab():
+    lab = quality.Lab(quality.parse(["needles"]))
+    lab.model = lab.model.float()                                 # so that equal means equal
+    return lab
+
+
+@torch.no_grad()
+def test_a_cache_that_starts_from_a_recording_equals_one_that_read_the_prompt(lab):
+    text, facts = story(700, seed=8)
+    text, question = (lab.tokenizer.encode(t, bos=i == 0) for i, t in enumerate((text, facts[2][0])))
+    recorded, _ = lab.read(torch.tensor([text]))
+    lab.read(torch.tensor([lab.tokenizer.encode(facts[5][0])]), recorded)        # another fork disturbs nothing
+    recorded, next_token = lab.read(torch.tensor([question]), recorded)
+    for name, new in lab.new.items():
+        started, real = start(new(80), recorded), new(80)
+        assert lab.model(torch.tensor([text + question]), real).argmax(-1) == next_token
+        for tokens in ([next_token.item()], [5], [77], question, [9], [10]):
+            a, b = (lab.model(torch.tensor([tokens]), cache) for cache in (started, real))
+            assert (a - b).abs().max() < 1e-3, name
+
+
+@torch.no_grad()
+def test_recall_is_the_attention_mass_of_the_tokens_attended_to(lab):
+    text, facts = story(500, seed=8)
+    recorded, _ = lab.read(torch.tensor([lab.tokenizer.encode(text)]))
+    shown = recording.Shown(recorded, {(name, budget): functools.partial(lab.new[name], budget)
+                                       for name in lab.new if name != "dense" for budget in (60, 900)})
+    dense = recorded.fork()
+    for token in lab.tokenizer.encode(facts[3][0])[:6]:
+        assert torch.equal(*(lab.model(torch.tensor([[token]]), cache) for cache in (shown, dense)))
+    assert set(map(len, shown.share.values())) == {6}
+    for layer in range(4):
+        last = {name: float(shares[-1]) for (l, name), shares in shown.share.items() if l == layer}
+        q, k = dense.queries[layer][0, :, -1], dense.keys[layer][0, :, :dense.length].repeat_interleave(2, 0)
+        weights = torch.softmax((k @ q[..., None])[..., 0] * 32 ** -0.5, -1).mean(0)
+        assert last["StreamingLLM", 60] == pytest.approx(float(weights[:4].sum() + weights[-56:].sum()), abs=1e-4)
+        for (name, budget), share in last.items():
+            assert share <= last["oracle, tokens", budget] + 1e-6
+            assert budget == 60 or share == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule, rank", [("spread, half mean query", "spread"), ("bounds", "bounds"),
+                                        ("mean, mean query (paper)", "mean")])
+def test_the_rules_that_were_tried_contain_those_of_sentencekv(rule, rank):
+    random, tried = Random(12), rules.Tried(70, TOY_FLAGS, rule, torch.ones(4))
+    plain = ByDefinition(70, TOY_FLAGS, rank=rank)
+    plain.starts_anew = False                                     # as all that is decoded here counts as one sentence
+    for T in (160, 1, 1, 1):
+        random.into(T, tried, plain)
+    assert torch.equal(tried.mask[0], plain.mask[0])
+
+
+def test_every_rule_that_was_tried_tells_sentences_apart():
+    random, tried = Random(13), [rules.Tried(70, TOY_FLAGS, rule, 0.5 ** torch.arange(4)) for rule in rules.RULES]
+    for T in (160, 1, 1):
+        random.into(T, *tried)
+    masks = [cache.mask[0] for cache in tried]
+    assert all((mask.sum(-1) == 70).all() for mask in masks)
+    assert sum(torch.equal(a, b) for a, b in itertools.combinations(masks, 2)) <= 3      # hardly two are the same
+
+
+def test_what_the_rules_know_about_a_sentence():
+    random, cache = Random(14), rules.Tried(70, TOY_FLAGS, "bounds", 0.5 ** torch.arange(4))
+    random.into(90, cache)
+    s, ids = rules.Summary(cache, 0, 0.5 ** torch.arange(4)), cache.ids[1]
+    at = [i for i in range(4, 90) if ids[i] == 3]
+    k = random.k[0][0, 1, 1, at].float()
+    turned = torch.stack([rotate(x, torch.cos(-i * s.inv_freq), torch.sin(-i * s.inv_freq)) for i, x in zip(at, k)])
+    half = -(-len(k) // 2)
+    middle = sum(at) / len(at) * s.inv_freq
+    weights = recording.attention_sums(random.q[0][0][:, :, -32:], random.k[0][0])[1, 1, at].float()[:, None]
+    for mine, want in ((s.mean, k.mean(0)), (s.high, k.amax(0)), (s.low, k.amin(0)),
+                       (s.deviation, k.std(0, correction=0)), (s.plain_mean, turned.mean(0)),
+                       (s.plain_high, turned.amax(0)), (s.halves[0], k[:half].mean(0)), (s.halves[1], k[half:].mean(0)),
+                       (s.middle_mean, rotate(turned.mean(0), middle.cos(), middle.sin())),
+                       (s.outlier, max(k, key=lambda x: float((x - k.mean(0)).norm()))),
+                       (s.weighted_mean, (k * weights).sum(0) / weights.sum())):
+        assert (mine[1, 1, 0, 3] - want).abs().max() < 1e-3
+
+
+# What the commands of quality.py do
+
+@torch.no_grad()
+def test_an_answer_is_right_exactly_if_greedy_generation_gives_it(lab):
+    said = []
+    text, batches = next(quality.documents(lab, 5, 4, 4, 400, lab.tokenizer, 8, 0.0, 3))
+    recorded, _ = lab.read(text)
+    for _, questions, answers in (zip(*batch) for batch in batches):
+        asked, next_token = lab.read(torch.tensor(questions), recorded)
+        for name in ("dense", "SentenceKV", "StreamingLLM"):
+            judged = lab.answered(start(lab.new[name](64), asked), next_token, answers)
+            tokens = torch.cat((text, torch.tensor(questions)), 1)
+            rows = [lab.model.generate(row[None], lab.new[name](64), len(ids)) for row, ids in zip(tokens, answers)]
+            assert judged == [[int(t) for t in row] == ids for row, ids in zip(rows, answers)]
+            said += judged
+    assert {True, False} == {*said}
+
+
+def test_a_document_has_the_length_and_tells_the_facts_it_is_asked_about(lab):
+    for facts, prose, asked in ((1, 0.0, 1), (8, 1.0, 3)):
+        ids, questions = quality.document(random.Random(3), 600, lab.tokenizer, facts, prose, asked)
+        text = lab.tokenizer.decode(ids)
+        assert len(ids) == 600 and len(questions) == asked and text.startswith("<|begin_of_text|>")
+        for depth, question, answer in questions:
+            told = lab.tokenizer.decode(answer)
+            assert told in text and told.split(" is ")[0].removeprefix(" The") in lab.tokenizer.decode(question)
+            assert abs(text.index(told) / len(text) - depth) < 0.15
+    with pytest.raises(ValueError, match="40 tokens are too few to tell 8 facts"):
+        quality.document(random.Random(3), 40, lab.tokenizer, 8, 0.0, 1)
+    a, b, c = (quality.document(random.Random(seed), 600, lab.tokenizer, 8, 0.0, 2) for seed in (1, 1, 2))
+    assert a == b != c
+
+
+FEW = ["--methods", "dense", "SentenceKV", "StreamingLLM", "--lengths", "512", "--parts", "8"]
+
+
+def cells(out, name):
+    """The numbers of a method's line in a printed table, without the intervals."""
+    (line,) = re.findall(rf"(?m)^\| {re.escape(name)} \|(.*)\|$", out)
+    return [float(cell.split()[0]) for cell in line.split("|")]
+
+
+def test_needles_are_found_by_length_and_depth_and_a_log_goes_on_where_it_stopped(tmp_path, capsys):
+    log, arguments = tmp_path / "log.jsonl", ["needles", *FEW, "--n", "6", "--seeds", "1", "2"]
+    arguments += ["--log", str(log), "--svg", str(tmp_path)]
+    assert quality.main(arguments) == 0
+    first = capsys.readouterr()
+    assert cells(first.out, "dense") == [1.0] and cells(first.out, "SentenceKV")[0] > 0.7
+    assert cells(first.out, "StreamingLLM")[0] < 0.5
+    assert "8 facts, grammar, 1/8 | 512" in first.out and first.err.count("(512, 8, 0.0, 6, ") == 2
+    done = log.read_text()
+    assert done.count("\n") == 2 and len(json.loads(done.splitlines()[0])["right"]["8"]["dense"]) == 6
+    assert quality.main(arguments) == 0
+    again = capsys.readouterr()
+    assert again.err == "" and log.read_text() == done
+    assert [line for line in again.out.splitlines() if line[:1] == "|"] == [
+        line for line in first.out.splitlines() if line[:1] == "|"]
+    svg = ElementTree.parse(tmp_path / "needles-8-facts-grammar-8.svg").getroot()
+    assert len([e for e in svg if e.tag.endswith("rect")]) == 3 * 10
+    log.write_text("{}\n")
+    assert quality.main(arguments) == 2
+    assert re.fullmatch(r"error: .*log.jsonl, line 1: needs a field 'key' of type list\n", capsys.readouterr().err)
+
+
+def test_a_follow_up_is_asked_on_the_same_cache(capsys):
+    assert quality.main(["followup", *FEW[:3], "SnapKV", *FEW[4:], "--n", "6", "--lengths", "1024"]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "dense") == [1, 1, 1] and min(cells(out, "SentenceKV")) >= 0.8
+    assert cells(out, "SnapKV")[1] <= 0.5
+
+
+@torch.no_grad()
+def test_a_follow_up_reads_every_token_once_and_a_fresh_prompt_has_the_second_question_alone(lab, monkeypatch):
+    made = []
+
+    class Spy(recording.Recorder):
+        def __init__(self, budget):
+            super().__init__()
+            made.append(self)
+    monkeypatch.setattr(lab, "new", {"spy": Spy})
+    assert quality.ask_twice(lab, 500, 8, 0.0, 1, 7, 8) == {"spy": [[True, True, True]]}
+    ids, ((_, q1, a1), (_, q2, a2)) = quality.document(random.Random(7), 484, lab.tokenizer, 8, 0.0, 2)
+    assert [cache.tokens[0].tolist() for cache in made] == [ids + q1 + a1 + q2 + a2[:-1], ids + q2 + a2[:-1]]
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_the_last_tokens_given_all_before(lab, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(story(2500, seed=3)[0], encoding="utf-8")
+    arguments = ["perplexity", *FEW, "--text", str(tmp_path / "text.txt"), "--n", "3", "--score", "20"]
+    (rows,) = quality.pieces(lab, quality.parse(arguments), 512, seed=1)
+    assert rows.shape == (3, 512) and len({*map(tuple, rows.tolist())}) == 3
+    logits = lab.model(rows[:, :-1], DenseKV(), all_logits=True)[:, -20:]
+    loss = -logits.log_softmax(-1).gather(2, rows[:, -20:, None]).mean()
+    monkeypatch.setattr(lab, "new", {"StreamingLLM": baselines.StreamingLLM, "dense": lab.new["dense"]})
+    quality.perplexity(lab, quality.parse(arguments))
+    out = capsys.readouterr().out
+    perplexity, ratio = cells(out, "StreamingLLM")
+    assert cells(out, "dense") == [pytest.approx(float(loss.exp()), abs=1e-3), 1.0]
+    assert ratio == pytest.approx(perplexity / float(loss.exp()), abs=1e-3) and abs(ratio - 1) > 1e-3
+    assert quality.main(["perplexity", *FEW, "--text", "lessons", "--n", "6"]) == 0
+    out = capsys.readouterr().out
+    assert 1.0 < cells(out, "SentenceKV")[1] < cells(out, "StreamingLLM")[1]
+
+
+@pytest.mark.parametrize("text", ["library", "help", "lessons"])
+def test_pieces_of_text_are_of_the_length_asked_for_and_repeatable(lab, text):
+    args = quality.parse(["perplexity", "--text", text, "--n", "2"])
+    a, b, c = (torch.cat(quality.pieces(lab, args, 256, seed)) for seed in (1, 1, 2))
+    assert a.shape == (2, 256) and torch.equal(a, b) and not torch.equal(a, c)
+    assert (a[:, 0] == lab.tokenizer.bos_id).all()
+
+
+def test_recall_decodes_the_answers_of_needles_and_the_end_of_texts(lab):
+    args = quality.parse(["recall", "--n", "2", "--score", "6", "--text", "help"])
+    (prompt, tokens), = quality.to_decode(lab, args, "text", 256, 4)
+    (rows,) = quality.pieces(lab, args, 256, 4)
+    assert tokens.shape == (2, 6) and torch.equal(torch.cat((prompt, tokens), 1), rows)
+    for prompt, tokens in quality.to_decode(lab, args, "needles", 500, 4):
+        text = lab.tokenizer.decode(prompt[0].tolist())
+        assert text.endswith("?") and lab.tokenizer.decode(tokens[0].tolist()) in text
+
+
+def test_recall_of_needles_and_of_text_is_told_by_layer(capsys):
+    methods = ["SentenceKV", "oracle, tokens"]
+    assert quality.main(["recall", *FEW[4:], "--methods", *methods, "--n", "1", "--score", "6", "--text", "help"]) == 0
+    out = capsys.readouterr().out
+    tables = out.split("\n\n")[1:3]
+    assert "needles, 512 tokens, 1/8" in tables[0] and "help, 512 tokens, 1/8" in tables[1]
+    for part in tables:
+        ours, best = cells(part, "SentenceKV"), cells(part, "oracle, tokens")
+        assert len(ours) == 5 and all(0 < a <= b <= 1 for a, b in zip(ours, best))
+        assert ours[4] == pytest.approx(sum(ours[:4]) / 4, abs=2e-3)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["needles", "--methods", "nonsense"], "error: --methods: there is no 'nonsense', but 'dense', 'SentenceKV'"),
+    (["needles", "--n", "0"], "error: --n must be at least 1"),
+    (["needles", "--lengths", "64", "--facts", "8"], "error: 48 tokens are too few to tell 8 facts"),
+    (["needles", "--model", "nowhere"], "error: .*nowhere"),
+    (["perplexity", "--text", "nowhere.txt"], "error: .*nowhere.txt"),
+    (["perplexity", "--text", "README.md", "--n", "90"], "error: README.md: .* too few for --n 90 pieces of 2048"),
+    (["ruler", "nowhere.jsonl"], "error: .*nowhere.jsonl"),
+])
+def test_quality_says_what_is_wrong_in_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert quality.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert re.match(message, err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [baselines, benchmarks, figures])
+def test_examples_in_experiments_are_true(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted >= 2
+
+
+def test_wilsons_interval_is_the_one_of_the_textbook():
+    assert figures.wilson(0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
+    assert figures.wilson(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1.0)
+    assert figures.wilson(50, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert figures.share_of([True, False, True, True]) == "0.750 (.301-.954)"
+
+
+def test_bootstrap_is_about_two_standard_errors_wide():
+    values = [random.Random(1).gauss(5, 2) for _ in range(1)] + [random.Random(i).gauss(5, 2) for i in range(400)]
+    low, high = figures.bootstrap(values)
+    assert low < sum(values) / len(values) < high and 0.3 < high - low < 0.5
+    assert figures.bootstrap([3.0] * 9) == (3.0, 3.0)
+
+
+def test_heat_maps_show_every_cell(tmp_path):
+    rows = {1024: figures.heat([0.0, 0.31, 0.32, 1.0], [True, True, False, False], 4), 2048: [1.0, 0.5, 0.99, 0.0]}
+    assert rows[1024] == [1.0, 0.5, None, 0.0]
+    assert figures.heat_text("T", rows) == ["T", "    1024  #5.0", "    2048  #590"]
+    figures.heat_svg({"a < b": rows, "c": rows, "d": rows, "e": rows}, tmp_path / "map.svg")
+    svg = ElementTree.parse(tmp_path / "map.svg").getroot()
+    cells = [e for e in svg if e.tag.endswith("rect")]
+    assert len(cells) == 32 and len({(e.get("x"), e.get("y")) for e in cells}) == 32
+    assert [e.get("fill") for e in cells[:4]] == ["hsl(120,65%,50%)", "hsl(60,65%,50%)", "#ddd", "hsl(0,65%,50%)"]
+    assert [e[0].text for e in cells[:4]] == ["1.00", "0.50", "no data", "0.00"]
+    assert all(float(e.get("x")) + float(e.get("width")) <= float(svg.get("width")) for e in cells)
+    assert all(float(e.get("y")) + float(e.get("height")) <= float(svg.get("height")) for e in cells)
+
+
+# RULER and LongBench
+
+def test_scores_of_known_answers():
+    assert benchmarks.f1("The answer is: Paris!", "paris") == pytest.approx(2 * (1 / 3) * 1 / (1 / 3 + 1))   # the: gone
+    assert benchmarks.f1("rome rome", "rome") == pytest.approx(2 / 3) and benchmarks.f1("", "rome") == 0.0
+    assert benchmarks.f1("Oslo", "Rome") == 0.0 and benchmarks.f1("A Rome", "the rome.") == 1.0
+    assert benchmarks.rouge_l("the cat sat", "the cat sat") == 1.0 and benchmarks.rouge_l("a b", "c d") == 0.0
+    assert benchmarks.rouge_l("The Cat", "the cAT") == 1.0
+    assert benchmarks.rouge_l("b a", "a b") == 0.5                              # in order: one of two words
+    assert benchmarks.rouge_l("police killed the gunman", "police kill the gunman") == 0.75
+    assert benchmarks.exact("The Rome.", "rome") == 1.0 and benchmarks.exact("Rome now", "rome") == 0.0
+    assert benchmarks.all_in("12, 34", ["12", "99"]) == 0.5 and benchmarks.any_in("12, 34", ["99", "12"]) == 1.0
+    assert benchmarks.any_in("Lorem", ["ipsum"]) == 0.0 and benchmarks.all_in("FITJT and x", ["fitjt"]) == 1.0
+    assert benchmarks.best(benchmarks.f1, ["rome", "in oslo"], False, "oslo") == pytest.approx(2 / 3)
+    assert benchmarks.best(benchmarks.exact, ["rome"], True, "\nRome\nQuestion: more") == 1.0
+    assert benchmarks.best(benchmarks.exact, ["rome"], False, "\nRome\nQuestion: more") == 0.0
+
+
+def test_the_middle_of_a_long_prompt_is_cut():
+    assert benchmarks.cut_middle([*range(9)], 9) == [*range(9)] and benchmarks.cut_middle([*range(9)], 2) == [0, 8]
+    assert benchmarks.cut_middle([*range(9)], 5) == [0, 1, 6, 7, 8]
+
+
+def write_jsonl(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "no records in it"), ("{\n", "line 1: no JSON"),
+    ('{"input": "x", "outputs": ["y"]}\n\n[1]\n', "line 3: needs a field 'input'"),
+    ('{"outputs": ["y"]}', "line 1: needs a field 'input' of type str"),
+    ('{"input": "x", "outputs": "y"}', "line 1: needs a field 'outputs' of type list"),
+    ('{"input": "x", "outputs": []}', "line 1: needs a field 'outputs' of type list"),
+    ('{"input": "x", "outputs": [7]}', "line 1: needs a field 'outputs' of type list"),
+])
+def test_a_bad_benchmark_file_gives_one_line_that_names_it(tmp_path, capsys, content, message):
+    (tmp_path / "4096_niah.jsonl").write_text(content)
+    assert quality.main(["ruler", str(tmp_path / "4096_niah.jsonl")]) == 2
+    err = capsys.readouterr().err
+    assert "4096_niah.jsonl" in err and message in err and err.count("\n") == 1
+
+
+def test_ruler_files_are_run_and_scored(tmp_path, capsys):
+    """Files of RULER's format, in the language of the tiny model: a right, a half right and a wrong record."""
+    text, facts = story(900, facts=6, seed=4)
+    question, answer = facts[2]
+    value = answer.split(" is ")[1].rstrip(".")
+    record = lambda *outputs: {"index": 0, "input": "<|begin_of_text|>" + text + question, "outputs": outputs}
+    files = [write_jsonl(tmp_path / "4096_niah_single_1.jsonl", record(value.upper()), record(value, "nonsense")),
+             write_jsonl(tmp_path / "4096_qa_1.jsonl", record("nonsense", value), record("nonsense"))]
+    assert quality.main(["ruler", *files, *FEW[:3], "--max-new-tokens", "12", "--parts", "8"]) == 0
+    out = capsys.readouterr().out
+    assert cells(out, "dense") == [75.0, 50.0] and cells(out, "SentenceKV") == [75.0, 50.0]
+    assert quality.main(["ruler", files[0], *FEW[:2], "--n", "1", "--max-new-tokens", "1"]) == 0
+    assert cells(capsys.readouterr().out, "dense") == [0.0]                     # cut off before the value
+    assert quality.main(["ruler", files[0], *FEW[:2], "--max-length", "30", "--max-new-tokens", "12"]) == 0
+    assert cells(capsys.readouterr().out, "dense")[0] < 75.0                    # the fact was in the middle
+
+
+def test_ruler_prompts_hold_their_own_special_tokens(tok, lab):
+    text = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>Hi<|eot_id|>"
+    ids = benchmarks.ruler_prompt(tok, {"input": text})
+    assert ids[:2] == [tok.added["<|begin_of_text|>"], tok.added["<|start_header_id|>"]] and tok.decode(ids) == text
+    assert benchmarks.ruler_prompt(lab.tokenizer, {"input": "Hi"}) == lab.tokenizer.encode("Hi", bos=True)
+
+
+def test_longbench_prompts_keep_both_ends_and_the_question(tok, lab):
+    record = {"context": "start " + "the " * 900 + "end", "input": "Who is it?", "answers": ["me"]}
+    for tokenizer in (tok, lab.tokenizer):
+        ids = benchmarks.longbench_prompt(tokenizer, record, 200)
+        text = tokenizer.decode(ids)
+        assert 150 < len(ids) <= 210 and ids[0] == tokenizer.bos_id and "start the the" in text and "the end\n" in text
+        assert "Question: Who is it?\nAnswer:" in text
+        short = tokenizer.decode(benchmarks.longbench_prompt(tokenizer, {**record, "context": "One."}, 200))
+        assert "One.\n\nAnswer from" in short
+    assert tok.decode(benchmarks.longbench_prompt(tok, record, 200)).endswith("<|end_header_id|>\n\n")
+
+
+def test_longbench_files_are_run_and_scored(tmp_path, monkeypatch, capsys):
+    """With a model that says known things: prompts, answers and scores are those of the data set, or of --metric."""
+    asked = []
+
+    def says(lab, ids, length, args):
+        asked.append((lab.tokenizer.decode(ids), length))
+        for name in lab.new:
+            yield name, "Rome and Oslo\nmore"
+    monkeypatch.setattr(benchmarks, "answers", says)
+    record = {"context": "Long.", "input": "Where?", "answers": ["Paris", "rome"]}
+    qa = write_jsonl(tmp_path / "a.jsonl", {**record, "dataset": "hotpotqa"},
+                     {**record, "answers": ["oslo and rome more"]})
+    trec = write_jsonl(tmp_path / "trec.jsonl", {**record, "answers": ["Rome and Oslo"]})
+    assert quality.main(["longbench", qa, trec, "--methods", "dense"]) == 0
+    assert cells(capsys.readouterr().out, "dense") == [pytest.approx(100 * (0.4 + 1) / 2, abs=0.1), 100.0]
+    assert [length for _, length in asked] == [32, 64, 64] and "Long." in asked[0][0] and "Where?" in asked[0][0]
+    assert quality.main(["longbench", qa, trec, *FEW[:2], "--metric", "exact", "--max-new-tokens", "5"]) == 0
+    assert cells(capsys.readouterr().out, "dense") == [0.0, 100.0] and asked[-1][1] == 5
+
+
+# The loss that trains the paper's rule
+
+def test_the_alignment_loss_is_the_cross_entropy_from_attention_to_the_papers_scores():
+    rng, B, L, H, G, d = torch.Generator().manual_seed(0), 2, 60, 2, 2, 4
+    tokens = torch.multinomial(torch.tensor([3.0, 6, 0, 1.5]), B * L, True, generator=rng).view(B, L)
+    weights = torch.full((B, L), 0.05)
+    weights[:, [5, 30, 41, 59]] = VALUE
+    cache = align.AligningCache(tokens, weights, torch.arange(L).expand(B, L), TOY_FLAGS)
+    q, k = (torch.randn(B, heads, L, d, generator=rng, dtype=torch.float64) for heads in (H * G, H))
+    losses = []
+    for b in range(B):
+        ids = plain_sentences(tokens[b].tolist(), 0, 64)
+        for t in [t for t in (5, 30, 41, 59) if ids[t] > 1]:
+            for h in range(H):
+                group = q[b, h * G:h * G + G]
+                attention = torch.stack([torch.softmax(k[b, h, :t + 1] @ one[t] / 2, 0) for one in group]).mean(0)
+                members = [[i for i in range(L) if ids[i] == s] for s in range(ids[t] - 1)]      # not the one before
+                mean = group[:, [i for i in range(t + 1) if ids[i] == ids[t]]].mean((0, 1))
+                scores = torch.stack([4 * mean @ k[b, h, at].mean(0) / 2 for at in members]).log_softmax(0)
+                losses.append(-sum(attention[at].sum() * score for at, score in zip(members, scores)))
+    found = cache.alignment(q.unflatten(1, (H, G)), k)
+    assert len(losses) > 8 and float(found) == pytest.approx(float(sum(losses) / len(losses)), abs=1e-4)
+    out = cache.attend(0, q, k, k)
+    assert float(cache.extra_loss) == pytest.approx(0.3 * float(found), abs=1e-5)
+    assert_close(out, TrainingCache(None).attend(0, q, k, k))
+
+
+@torch.enable_grad()
+def test_training_against_the_alignment_loss_lowers_it(tiny):
+    model, tokenizer, _ = tiny
+    model = Llama.from_pretrained(TINY, dtype=torch.float32).requires_grad_(True)
+    tokens, weights, positions = batch(random.Random(1), 2, 256, 0, 0.0, tokenizer)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    for _ in range(6):
+        torch.manual_seed(0)                                          # the same rows every time
+        cache = align.aligning(tokenizer)(tokens[:, :-1], weights, positions)
+        model(tokens[:, :-1], cache)
+        losses.append(float(cache.extra_loss.detach()))
+        optimizer.zero_grad()
+        cache.extra_loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # ------------------------------------------------------------------------------- 14. speed: the benchmark runs

@@ -2,25 +2,25 @@
 
     python train_tiny.py                             about five minutes on two cores -> checkpoints/mine
     python train_tiny.py --long --out DIR            the recipe of checkpoints/tiny, about half an hour
+    python train_tiny.py --align --out DIR           also trains the paper's rule of retrieval (experiments/align.py)
     python train_tiny.py --eval checkpoints/tiny     no training: exact match over lengths of context
 
-The texts come from experiments/corpus.py; the loss is plain cross-entropy, nothing in it favours one rule of retrieval
-over another; the result is a Hugging Face directory. B documents of L tokens; other names of shapes as in model.py.
+The texts come from experiments/corpus.py; the loss is plain cross-entropy, nothing in it (without --align) favours one
+rule of retrieval over another; the result is a Hugging Face directory. B documents of L tokens; other names of shapes
+as in model.py.
 """
 import argparse, json, os, random, sys, time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 if __name__ == "__main__":  # waiting threads sleep instead of spinning: no standstill beside a busy neighbour
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import numpy as np, regex, torch
+import numpy as np, torch
 import torch.nn.functional as F
-from experiments.corpus import KNOWN, VALUE, copying, lesson, needle, prose_sentences, story
+from experiments.corpus import VALUE, copying, lesson, needle, story
+from experiments.vocabulary import VOCAB, train_bpe, write_tokenizer
 from model import DenseKV, Llama
 from tokenizer import Tokenizer
 
-VOCAB, BOS = 1024, "<|begin_of_text|>"
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"      # every digit stands alone
 SPAN = 16384                                            # positions that are seen in training
 # Stages: steps, B, L, share of copying exercises, share of prose (in half of the documents)
 QUICK = [(380, 64, 32, 1.0, 0), (200, 32, 64, 0.3, 0), (290, 32, 128, 0.1, 0), (290, 16, 256, 0.05, 0),
@@ -28,40 +28,6 @@ QUICK = [(380, 64, 32, 1.0, 0), (200, 32, 64, 0.3, 0), (290, 32, 128, 0.1, 0), (
 LONG = [(400, 64, 32, 1.0, 0), (200, 32, 64, 0.3, 0.4), (300, 32, 128, 0.1, 0.4), (300, 16, 256, 0.05, 0.4),
         (700, 8, 512, 0, 0.4), (700, 4, 1024, 0, 0.4), (900, 2, 2048, 0, 0.4), (1500, 1, 4096, 0, 0.4),
         (250, 1, 8192, 0, 0.4)]
-
-def train_bpe():
-    """{bytes of a token: id}: 256 bytes, merges learned from the prose, then the KNOWN words not yet among them."""
-    words = {f" {word}".encode() for word in KNOWN}
-    counts = Counter(w for s in prose_sentences() for w in regex.findall(SPLIT, s))
-    parts = {w: [bytes([b]) for b in w.encode()] for w in counts}
-    vocab = {bytes([b]): b for b in range(256)}
-    while len(vocab) + len(words - vocab.keys()) < VOCAB - 1:
-        pairs = Counter()
-        for w, p in parts.items():
-            for pair in zip(p, p[1:]):
-                pairs[pair] += counts[w]
-        a, b = max(pairs, key=pairs.get)
-        vocab[a + b] = len(vocab)
-        for p in parts.values():
-            while i := next((i for i in range(1, len(p)) if p[i - 1:i + 1] == [a, b]), 0):
-                p[i - 1:i + 1] = [a + b]
-    return vocab | {w: len(vocab) + i for i, w in enumerate(sorted(words - vocab.keys()))}
-
-def write_tokenizer(path, vocab):
-    """Hugging Face's tokenizer.json. Merges: every way to join two tokens to a third, in the order of its id."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]       # GPT-2 writes the other bytes as 256, 257, ..
-    letter = dict(zip(plain + [b for b in range(256) if b not in plain], map(chr, plain + [*range(256, 324)])))
-    spell = lambda token: "".join(letter[b] for b in token)
-    merges = [[spell(t[:i]), spell(t[i:])] for t in vocab for i in range(1, len(t)) if {t[:i], t[i:]} <= vocab.keys()]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
-    no = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    path.write_text(json.dumps({
-        "version": "1.0", "normalizer": None, "post_processor": None, "decoder": level,
-        "added_tokens": [{"id": VOCAB - 1, "content": BOS, "special": True, **no}],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": {spell(t): i for t, i in vocab.items()},
-                  "merges": merges}}, ensure_ascii=False, indent=0), encoding="utf-8")
 
 def save(out, config, weights):
     """config.json, and model.safetensors: 8 bytes (length of the header), the header, the tensors in bfloat16."""
@@ -83,7 +49,7 @@ class TrainingCache:
     Plain matrix products, 256 queries at a time: on a CPU their way back is faster than that of SDPA."""
 
     def __init__(self, positions):
-        self.positions = positions                                              # (B, L)
+        self.positions, self.extra_loss = positions, 0.0                        # (B, L)
 
     def begin(self, tokens):
         return self.positions
@@ -125,8 +91,9 @@ def batch(rng, B, L, copies, prose, tokenizer):
             positions[b] += (gaps.cumsum() / max(gaps.sum(), 1e-9) * extra).astype(int)
     return torch.from_numpy(x), torch.from_numpy(w[:, 1:]), torch.from_numpy(positions)
 
-def train(out, recipe, seed, tokenizer):
-    """bf16 compute on float32 masters, Muon for the matrices, AdamW for the rest; a checkpoint every 250 steps."""
+def train(out, recipe, seed, tokenizer, align=None):
+    """bf16 compute on float32 masters, Muon for the matrices, AdamW for the rest; a checkpoint every 250 steps.
+    align(tokens, weights, positions) makes a TrainingCache that adds a loss of its own."""
     rng, model = random.Random(seed), new_model(seed)
     masters = {name: p.clone() for name, p in model.named_parameters()}
     model = model.bfloat16().requires_grad_(True)
@@ -138,9 +105,10 @@ def train(out, recipe, seed, tokenizer):
     work, begun = [B * L * (L + 1650) for B, L, *_ in stages], time.time()     # what a step takes, in some unit
     for step, stage in enumerate(stages):
         x, w, positions = batch(rng, *stage, tokenizer)
-        logits = model(x[:, :-1], TrainingCache(positions), all_logits=True)    # (B, L, V)
+        cache = align(x[:, :-1], w, positions) if align else TrainingCache(positions)
+        logits = model(x[:, :-1], cache, all_logits=True)                       # (B, L, V)
         losses = F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none")    # (B, L)
-        ((losses * w).sum() / w.sum()).backward()
+        ((losses * w).sum() / w.sum() + cache.extra_loss).backward()
         for p, master in zip(model.parameters(), masters.values()):
             master.grad, p.grad = p.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
@@ -173,6 +141,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("checkpoints/mine"), help="a directory without a checkpoint")
     parser.add_argument("--long", action="store_true", help="the recipe of checkpoints/tiny")
+    parser.add_argument("--align", action="store_true", help="a loss that trains the paper's rule of retrieval as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval", type=Path, metavar="DIR", help="no training: evaluate this checkpoint")
     parser.add_argument("--needles", type=int, default=24, help="questions to evaluate with, for each length")
@@ -186,7 +155,11 @@ def main():
             sys.exit(f"{args.out} holds a checkpoint already: give another --out")
         args.out.mkdir(parents=True, exist_ok=True)
         write_tokenizer(args.out / "tokenizer.json", train_bpe())
-        train(args.out, LONG if args.long else QUICK, args.seed, Tokenizer.from_dir(args.out))
+        tokenizer, align = Tokenizer.from_dir(args.out), None
+        if args.align:
+            from experiments.align import aligning
+            align = aligning(tokenizer)
+        train(args.out, LONG if args.long else QUICK, args.seed, tokenizer, align)
     path, n = args.eval or args.out, args.needles
     model, tokenizer = Llama.from_pretrained(path), Tokenizer.from_dir(path)
     for L in (256, 512, 1024, 2048, 4096, 8192):

@@ -41,7 +41,7 @@ def parse(argv):
     p.add_argument("--recent", type=int, help="last tokens, always attended (default 32)")
     p.add_argument("--window", type=int, help="queries that judge what --keep keeps (default 32)")
     p.add_argument("--pool", type=int, help="width of the max-pool over that judgement (default 1: none)")
-    p.add_argument("--rank", choices=RANKS, help="how sentences are ranked (default bounds; the paper's is mean)")
+    p.add_argument("--rank", choices=RANKS, help="how sentences are ranked (default spread; the paper's is mean)")
     p.add_argument("--chunk", type=int, metavar="N", help="read N tokens at a time: less device memory (default: all)")
     p.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
     p.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")

@@ -7,10 +7,13 @@ Everything is made from the words below and from the prose of Python's help page
 A fact is a tuple (relation, name, value). A sentence begins with a space and ends with a full stop.
 Reading order: words -> fact, question, answer -> passage -> story, needle (to test), lesson, copying (to train).
 """
+import ast
 import functools
 import itertools
+import os
 import random
 import re
+from pathlib import Path
 from pydoc_data.topics import topics
 
 WORDS = {kind: words.split() for kind, words in {
@@ -71,6 +74,24 @@ def prose_sentences():
     text = re.sub(r"[=\-*_~^\"`|.]{2,}", " ", "\n".join(topics.values()))
     sentences = [" " + re.sub(r"\s+", " ", s).strip() for s in re.split(r"(?<=[.?!])\s+|\n\s*\n", text)]
     return [s for s in sentences if 20 <= len(s) <= 160 and s[-1] in ".?" and "|" not in s]
+
+@functools.cache
+def library_prose():
+    """Paragraphs of prose from the docstrings of the standard library, one after the other (not in prose_sentences).
+
+    They differ a little from one version of Python to the next.
+    """
+    folder, paragraphs = Path(os.__file__).parent, {}
+    for file in sorted([*folder.glob("*.py"), *folder.glob("[a-hj-su-z]*/*.py")]):            # no idlelib, no tests
+        if "site-packages" in file.parts or "pydoc_data" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                for part in (ast.get_docstring(node) or "").split("\n\n"):
+                    text = " ".join(part.split())
+                    if len(text) > 100 and text[0].isupper() and text[-1] == "." and ">>>" not in text:
+                        paragraphs[text] = None                                  # each once, in this order
+    return " ".join(paragraphs)
 
 def estimate(sentence):
     """Number of our tokenizer's tokens, without a tokenizer: exact for our own sentences, about right for prose."""
