@@ -176,7 +176,7 @@ def decode(n, seconds):
     start, model, speed = time.monotonic(), random_model(), bandwidths()
     c, weights = model.config, weights_read(model)
     names = [name for name, s in measure.options(BUDGET).items() if "keep" not in s]
-    names += ["dense, SDPA", "dense, matmul", "SentenceKV, bounds, staged"] + ["dense, offloaded"] * (n == 131072)
+    names += ["dense, SDPA", "dense, matmul", "SentenceKV, spread, staged"] + ["dense, offloaded"] * (n == 131072)
     caches, shared = whole_model(model, n, BUDGET, names)
     caches["dense, 1024 tokens"] = whole_model(model, 1024, BUDGET, ["dense, SDPA"])[0]["dense, SDPA"]
     print(f"  {shared}; {time.monotonic() - start:.0f} s to fill the caches", flush=True)
@@ -189,10 +189,10 @@ def decode(n, seconds):
     for name, t in times.items():
         layer = 4 * n * c.num_key_value_heads * c.head_dim                       # bytes
         tell(n, name, t, weights, c.num_hidden_layers * layer if "offloaded" in name else parts[name][1], speed)
-    ms, _ = parts_of(steps["SentenceKV, bounds"][0], CYCLE, "cuda", CYCLE)
-    print("  in parts, bounds: " + ", ".join(f"{part} {t:.2f}" for part, t in ms.items()), flush=True)
+    ms, _ = parts_of(steps["SentenceKV, spread"][0], CYCLE, "cuda", CYCLE)
+    print("  in parts, spread: " + ", ".join(f"{part} {t:.2f}" for part, t in ms.items()), flush=True)
     save(parts=ms)
-    growth(steps["SentenceKV, bounds"][0], caches["SentenceKV, bounds"], n, start + seconds)
+    growth(steps["SentenceKV, spread"][0], caches["SentenceKV, spread"], n, start + seconds)
 
 def growth(step, cache, n, end):
     """1,000 tokens at 128K: what is added on the device but for vectors?"""
@@ -213,7 +213,7 @@ def graph(seconds):
     """The same tokens with and without a CUDA graph, and the time of both."""
     if "cuda_graph" not in inspect.signature(Llama.generate).parameters:
         return print("  left out: generate() knows no cuda_graph", flush=True)
-    model, speed, names = random_model(), bandwidths(), ["SentenceKV, bounds", "SentenceKV, bounds, graph"]
+    model, speed, names = random_model(), bandwidths(), ["SentenceKV, spread", "SentenceKV, spread, graph"]
     weights = weights_read(model)
     for n in (8192, 131072):
         caches, _ = whole_model(model, n, BUDGET, names)

@@ -96,8 +96,8 @@ def made_up_flags(vocabulary=2):
     return flags
 
 OPTIONS = {  # what is compared, each option by itself; those that the constructor does not know are left out
-    "mean": dict(rank="mean"), "bounds": dict(rank="bounds"), "bounds, keep=2": dict(rank="bounds", keep=2),
-    "bounds, refresh=8": dict(rank="bounds", refresh=8), "bounds, lookahead": dict(rank="bounds", lookahead=True)}
+    "mean": dict(rank="mean"), "bounds": dict(rank="bounds"), "spread": dict(), "spread, keep=2": dict(keep=2),
+    "spread, refresh=8": dict(refresh=8), "spread, lookahead": dict(lookahead=True)}
 
 def options(budget):
     """{name: settings of SentenceKV}."""
@@ -253,7 +253,7 @@ def whole_model(model, n, budget, only=None):
     settings = options(budget)
     if weight.is_cuda:
         more = [", staged"] + [", graph"] * ("cuda_graph" in inspect.signature(model.generate).parameters)
-        settings |= {f"SentenceKV, bounds{name}": settings["SentenceKV, bounds"] for name in more}
+        settings |= {f"SentenceKV, spread{name}": settings["SentenceKV, spread"] for name in more}
     for name in filter(wanted, settings):
         caches[name] = filled(k, v, group, L, hosts, c.vocab_size, **settings[name])
         caches[name].pool.in_place &= not name.endswith("staged")

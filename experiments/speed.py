@@ -87,7 +87,7 @@ def layer_variants(c, n, args):
                        settings.get("refresh", 1),
                        lambda cache=cache, i=i: cache.begin(text[:, (t := next(i) % SPARE):t + 1]))
     kv = torch.randn(args.budget, 1, H, 2, d, dtype=k.dtype, pin_memory=k.is_cuda)
-    for name in ("mean", "bounds"):
+    for name in ("mean", "spread"):
         vectors = caches[f"SentenceKV, {name}"].layers[0].vectors.clone()
         floor = [(x, torch.empty_like(x, device=device)) for x in (vectors, kv)]
         steps[f"copy floor, {name}"] = lambda f=floor: [b.copy_(a, non_blocking=True) for a, b in f], 1, None
@@ -107,7 +107,7 @@ def layer(report, args):
         for name, t in times.items():
             told = f"{best / ms[name]:6.1f} x the best dense"
             if name in memory:
-                floor = ms["copy floor, mean" if "mean" in name else "copy floor, bounds"]
+                floor = ms["copy floor, mean" if "mean" in name else "copy floor, spread"]
                 told += (f", {ms[name] / floor:4.1f} x its copy floor; "
                          f"begin(), once for all layers, {median(before[name]):.2f}")
             told = told if "floor, " not in name else ""
