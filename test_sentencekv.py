@@ -1223,6 +1223,32 @@ def test_a_fork_cut_back_into_what_it_shares_leaves_the_other_alone(written):
             one.truncate([len(row) for row in rows])
 
 
+@pytest.mark.parametrize("rank", ["mean", "bounds", "spread"])
+def test_branches_choose_by_their_own_vectors_and_queries(rank):
+    """Each goes on as a cache that was never forked, though they take turns, and their texts differ."""
+    rng, model = random.Random(3), toy_model(3)
+    setting = dict(budget=24, sink=2, recent=5, max_sentence=9, rank=rank)
+    start, texts = toy_text(rng, 60), [toy_text(rng, 40), toy_text(rng, 40)]
+    cache, alone_ = SentenceKV(TOY_FLAGS, **setting), [SentenceKV(TOY_FLAGS, **setting) for _ in texts]
+    for one in (cache, *alone_):
+        model.prefill(ragged([start]), one)
+    for ids in zip(*texts):
+        branches = [cache, cache.fork()] if cache.length == 60 else branches
+        for id, branch, single in zip(ids, branches, alone_):
+            step = torch.tensor([[id]])
+            assert torch.equal(model(step, branch), model(step, single))
+            alone(single, branch, 0)
+
+
+def test_an_uneven_fork_makes_room_for_its_shortest_row():
+    rng, model, cache = random.Random(3), toy_model(3), SentenceKV(TOY_FLAGS, budget=900, max_sentence=9)
+    rows, more = [toy_text(rng, 400), toy_text(rng, 20)], [toy_text(rng, 3), toy_text(rng, 300)]
+    model.prefill(ragged(rows), cache)
+    fork, dense = cache.fork(), DenseKV()
+    model.prefill(ragged(rows), dense)
+    assert_close(model.prefill(ragged(more), fork), model.prefill(ragged(more), dense))
+
+
 def test_a_fork_between_two_fetches_fetches_for_itself():
     rng, model = random.Random(3), toy_model(3)
     cache, text = SentenceKV(TOY_FLAGS, budget=600, sink=2, recent=5, max_sentence=9, refresh=4), toy_text(rng, 50)
@@ -1325,7 +1351,7 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
             SentenceKV.load(path, other)
     swapped = toy_model(3)
     weight = swapped.layers[0].mlp.up_proj.weight
-    weight[[0, 1]] = weight[[1, 0]]
+    weight[[2, 5]] = weight[[5, 2]]
     with pytest.raises(ValueError, match="another model"):
         SentenceKV.load(path, swapped)
 
