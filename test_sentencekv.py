@@ -2844,6 +2844,7 @@ def test_a_text_is_read_once_saved_loaded_and_asked_line_by_line(tmp_path, capsy
     assert "loaded" in out and "budget 128" in out
     for question, answer in facts[:2]:
         assert out.count(answer.strip()) >= 2 and question.strip() in out     # answered, and shown as fetched
+        assert re.search(re.escape(answer.strip()) + r" +\[.* ms/token", out)   # and no more said than that
     for wrong, message in ((["--budget", "99", "--ask", "Who?"], "--budget does not go"), ([], "needs a question")):
         assert ask.main(["--load-cache", saved, *wrong, *cpu]) == 2
         assert message in capsys.readouterr().err
