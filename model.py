@@ -165,10 +165,10 @@ class Llama(nn.Module):
                f"tokens must be int64 of shape (batch, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
         if tokens.device.type == "cpu" or tokens.shape[1] > 1:
             V, real = self.config.vocab_size, tokens >= 0
-            (low, high), end = map(int, tokens.aminmax()), bool((real[:, 1:] > real[:, :-1]).any())
+            (low, high), gap = map(int, tokens.aminmax()), bool((real[:, 1:] > real[:, :-1]).any())
             for id in (low, high):
                 demand(-1 <= id < V, f"token id {id} is not in the vocabulary of {V}")
-            demand(bool(real[:, 0].all()) and not end, "-1 is padding: it may only follow after the tokens of a row")
+            demand(bool(real[:, 0].all()) and not gap, "-1 is padding: it may only follow after the tokens of a row")
 
     def forward(self, tokens, cache, all_logits=False, progress=None):
         """tokens (B, T) -> float32 logits of each row's last token (B, V), or of every position (B, T, V).
@@ -231,8 +231,8 @@ class Llama(nn.Module):
             T = min(T, int(cache.keep * cache.budget))
         need = B * T * c.num_hidden_layers * c.num_key_value_heads * 2 * c.head_dim * weight.itemsize
         if free is not None and need > free and (hasattr(cache, "pool") or tokens.device.type == "cpu"):
-            raise MemoryError(f"this prompt's cache takes {need / 1e9:.1f} GB of host memory, {free / 1e9:.1f} are free:"
-                              " shorten it, or let SentenceKV(keep=...) drop some of it")
+            raise MemoryError(f"this prompt's cache takes {need / 1e9:.1f} GB of host memory, {free / 1e9:.1f} are "
+                              "free: shorten it, or let SentenceKV(keep=...) drop some of it")
 
     @torch.no_grad()
     def generate(self, tokens, cache, max_new_tokens=128, temperature=0.0, top_p=1.0, seed=None, stop_ids=(),

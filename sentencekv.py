@@ -16,14 +16,17 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
     budget             tau       int                    -       most tokens attended to, per KV head and step
     keep, window       r, N      numbers                -       floor(r * tau) tokens survive; N queries judge which
     importance         alpha_i   (B, T)                 device  attention that a token gets from the window (Sec. 4.1)
-    layer.vectors      kbar_s,h  (B, H, S, w)           device  semantic vector of each sentence, w = d or 2d (Eq. 1)
-    layer.query_sum    Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
+    mem.vectors        kbar_s,h  (B, H, S, w)           device  semantic vector of each sentence, w = d or 2d (Eq. 1)
+    mem.query_sum      Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
     query              qbar      (B, H, w)              device  their mean (Eq. 2), or what the rule makes of them
     pool.kv[l]         K, V      (C, B, H, 2, d)        host    every kept token: [..., 0, :] keys, [..., 1, :] values
-    work               -         (budget, B, H, 2, d)   device  what one layer attends to in one step
+    mem.work           -         (budget, B, H, 2, d)   device  what a layer attends to in one step
     first              -         (B, S + 1)             device  sentence s is tokens first[s] to first[s + 1] - 1
-A token's *position* counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from
-the paper, and why, is said in place after the word "Paper:".
+    far, tail          -         (B,)                   device  number of far sentences; position where the tail starts
+    plan               -         see _plan              device  which slots the next fetch takes, the same in all layers
+`mem` is layers[l], what one layer keeps on the device; the rest is kept once for all layers. A token's *position* counts
+the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from the paper, and why, is said
+in place after the word "Paper:".
 """
 import functools
 import warnings
@@ -39,7 +42,7 @@ from torch.nn.attention.bias import causal_lower_right
 ALWAYS = tuple("。！？｡।॥؟۔።။។")       # ends a sentence whatever follows
 MAYBE = tuple(".!?…")                 # ends one if white space follows, so that 3.14 and example.com stay whole
 CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
-HARD, SOFT, EXTENDER, SPACE, START = 1, 2, 4, 8, 16                           # START: set by the cache, see _note
+HARD, SOFT, EXTENDER, SPACE, START = 1, 2, 4, 8, 16
 
 def sentence_flags(token_bytes):
     """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
@@ -68,8 +71,9 @@ def sentence_flags(token_bytes):
 def segment(flags, ended, length, cap):
     """Which of T new tokens start a sentence. Bulk and streaming are this one function, with T large or T = 1.
 
-    flags (B, T): of the new tokens. Carried over from the tokens before: ended (B,) is HARD, SOFT or 0, how the last
-    token left its sentence; length (B,) is the length of the open sentence. No sentence grows longer than `cap`.
+    flags (B, T): of the new tokens; beside those of sentence_flags, START begins a sentence in any case. Carried over
+    from the tokens before: ended (B,) is HARD, SOFT or 0, how the last token left its sentence; length (B,) is the
+    length of the open sentence. No sentence grows longer than `cap`.
     Returns starts (B, T) bool and the new (ended, length).
 
     >>> hello, stop, quote, says, two = 0, SOFT, EXTENDER, SPACE, SPACE         # hello . " says two
@@ -140,6 +144,7 @@ def key_spread(k, ids, S):
     return torch.cat((mean, (square - mean * mean).clamp(min=0).sqrt()), dim=-1).to(k.dtype)
 
 def reduce_keys(k, ids, S, how):
+    """k (N, B, H, d), row b's token i in sentence ids[i, b] of S -> (S, B, H, d); how: "mean" or "amax"."""
     N, B, H, d = k.shape
     rows = (ids * B + torch.arange(B, device=k.device)).reshape(N * B, 1).expand(N * B, H * d)
     out = k.new_zeros(S * B, H * d).scatter_reduce_(0, rows, k.reshape(N * B, H * d), how, include_self=False)
@@ -267,6 +272,7 @@ class HostPool:
             self.seen[layer] = device_alias(new, self.device) if self.pinned and self.in_place else new
 
     def allocate(self, shape, dtype):
+        """Zeros in host memory, pinned if that can be. MemoryError names the setting to change."""
         try:
             return torch.zeros(shape, dtype=dtype, pin_memory=self.pinned, device="cpu")
         except RuntimeError as e:
@@ -411,13 +417,14 @@ class SentenceKV:
         self.slot = self.lengths - self.dropped                                  # (B,) the first of them goes there
         self.before = self.slot.tolist() if T > 1 else None
         need(T > 1 or not self.more, "the last piece of a prompt must have more than one token")
-        self.prune, self.more = False, more
-        if self.unjudged and not more:
-            self._judge((self.lengths + new).tolist(), T)
         self.unasked += 1
         ask = T > 1 or self.unasked == 64
         if ask:
             self._look()
+        self.prune = False
+        if self.unjudged and not more:
+            self._judge((self.lengths + new).tolist())
+        self.more = more
         spare = 64 * (ask or self.plan is None) + more                           # enough until it asks again
         self.reach = (max(self.before) if T > 1 else self.slots) + T + spare     # so many slots have to be there
         text = tokens.T.long().view(T, B, 1, 1, 1)
@@ -427,7 +434,7 @@ class SentenceKV:
         self.slots = int((self.lengths - self.dropped).max()) if T > 1 else self.slots + 1
         return positions
 
-    def _judge(self, lengths, T):
+    def _judge(self, lengths):
         """The first prompt is complete: will keep=r drop any of it?"""
         need(min(lengths) >= self.window, f"the observation window of {self.window} tokens is longer than the prompt "
              f"of {min(lengths)}: lower window, or use keep=None")
@@ -551,6 +558,7 @@ class SentenceKV:
             self._look()
 
     def _look(self):
+        """ValueError if NaN or inf has come in; the one look at what the device has noted."""
         token, layer = divmod(int(self.broken), 4096)
         need(token < 0, f"NaN or inf in q, k or v of layer {layer} at or before token {token}: this cache is of no use "
              "from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
@@ -666,7 +674,10 @@ class SentenceKV:
         self.text.wait()
 
     def truncate(self, lengths):
-        """Forget all but the first `lengths` tokens (one number, or one per row): as if those had been one prompt."""
+        """Forget all but the first `lengths` tokens (one number, or one per row): as if those had been one prompt.
+
+        The mean query starts anew. ValueError for none, for more than there are, or for a part of a pruned prompt.
+        """
         self.whole("truncate()")
         have = self.lengths.tolist()
         wanted = [lengths] * len(have) if type(lengths) is int else list(lengths)
@@ -679,6 +690,7 @@ class SentenceKV:
         self._replay(self.tokens(), lengths)
 
     def whole(self, what):
+        """ValueError while a prompt is read in pieces: `what` needs all of it."""
         need(self.length and not self.more, f"{what} needs a cache that has read a whole prompt")
 
     def _replay(self, tokens, lengths):

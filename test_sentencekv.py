@@ -2837,11 +2837,11 @@ def test_a_text_is_read_once_saved_loaded_and_asked_line_by_line(tmp_path, capsy
     (file, saved), cpu = (str(tmp_path / name) for name in ("story.txt", "story.cache")), ["--device", "cpu"]
     assert ask.main(["--prompt-file", file, "--budget", "128", "--save-cache", saved, "--chunk", "100", *cpu]) == 0
     assert f"saved to {saved}" in capsys.readouterr().out
-    lines = "".join(f"{question.strip()}\n?\n\n" for question, _ in facts[:2])
+    lines = "?\n" + "".join(f"{question.strip()}\n?\n\n" for question, _ in facts[:2])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert ask.main(["--load-cache", saved, "--chat", *cpu]) == 0
     out = capsys.readouterr().out
-    assert "loaded" in out and "budget 128" in out
+    assert "loaded" in out and "budget 128" in out and out.count("nothing was fetched") == 1
     for question, answer in facts[:2]:
         assert out.count(answer.strip()) >= 2 and question.strip() in out     # answered, and shown as fetched
         assert re.search(re.escape(answer.strip()) + r" +\[.* ms/token", out)   # and no more said than that
@@ -2877,6 +2877,7 @@ def test_a_text_without_a_question_is_continued(tmp_path, capsys):
     (["--budget", "20"], r"error: budget 20 must exceed sink \+ recent = 36"),
     (["--temperature", "-1"], "error: temperature must be"),
     (["--device", "nonsense"], "error: --device nonsense cannot be used"),
+    (["--save-cache", "nowhere/x"], "error: --save-cache nowhere/x: there is no such folder"),
     (["--max-new-tokens", "0"], "error: --max-new-tokens must be at least 1, got 0"),
 ])
 def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, capsys):

@@ -98,6 +98,8 @@ class Conversation:
     def __init__(self, model, tokenizer, cache, args):
         self.model, self.tokenizer, self.cache, self.args = model, tokenizer, cache, args
         self.ids, self.unread = [], []                       # in the cache; generated last and not in the cache yet
+        if isinstance(cache, Watched):
+            cache.watch()
 
     def take(self, ids):
         """-> (1, T): what was generated last, then `ids`. From now on they count as read."""
@@ -134,6 +136,8 @@ class Conversation:
     def show_fetched(self, n, truth):
         """Print the n sentences that got the most attention of any head at any step."""
         cache = self.cache
+        if n and not cache.attention:
+            print("    nothing was fetched")
         if n and cache.attention:
             print("    fetched  attention  (by so many of all layers, heads and steps; the most that one head gave it)")
         for s, attention in cache.attention.most_common(n):
@@ -220,6 +224,8 @@ def run(args):
                                   progress=progress("loading, tensor"))
     if device == "cpu" and args.model == str(TINY):
         torch.set_num_threads(1)                             # in a model this small threads only wait for each other
+    if args.save_cache and not Path(args.save_cache).resolve().parent.is_dir():     # now, not after hours of reading
+        raise ValueError(f"--save-cache {args.save_cache}: there is no such folder")
     ids, asked, turn, stop = prompts(args, tokenizer)
     talks = conversations(args, model, tokenizer, dense=any(truth for _, truth in asked))
     ours = talks["SentenceKV"]
