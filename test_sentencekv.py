@@ -1127,6 +1127,15 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
         assert torch.equal(fetched_tokens(parts.cache), fetched_tokens(whole.cache))
 
 
+def test_the_vectors_of_a_prompt_in_pieces_are_made_once():
+    feed, made = Feed(0, layers=2, budget=64), []
+    width, vectors_of, query_of = feed.cache.rank
+    feed.cache.rank = width, lambda *a: made.append(len(a[0])) or vectors_of(*a), query_of
+    for n, more in ((30, 25), (20, 5), (5, 0)):
+        feed.push(n, more=more)
+    assert made == [55, 55]                                           # once a layer, of all keys
+
+
 def test_a_prompt_that_goes_on_cannot_be_forked_cut_saved_or_pruned_by_one_token():
     feed = Feed(0, budget=24, sink=2, recent=5, window=4, keep=1, max_sentence=9)
     feed.push(60, more=2)
@@ -3626,6 +3635,15 @@ def test_the_quick_benchmark_runs_and_writes_figures_and_plots(tmp_path, capsys)
         assert len(drawn.findall("{http://www.w3.org/2000/svg}polyline")) >= 4
     out = capsys.readouterr().out
     assert all(word in out for word in (report["machine"], "x its copy floor", "against dense", "tokens/s", "ranking"))
+
+
+def test_steps_are_measured_over_whole_cycles_and_told_by_the_step(monkeypatch):
+    monkeypatch.setattr(measure, "timed", lambda f, device: f() and 8.0 or 8.0)
+    calls = []
+    step, before = lambda: calls.append("step"), lambda: calls.append("before")
+    times, befores = measure.interleaved({"a": (step, 4, before), "b": (step, 4, None)}, 3, "cpu", warm=0)
+    assert times == {"a": [8.0] * 3, "b": [2.0] * 3} and befores == {"a": [8.0] * 3, "b": [0.0] * 3}
+    assert calls == (["before", "step"] * 4 + ["step"] * 4) * 3
 
 
 def test_the_docstring_examples_of_the_benchmark_are_true():
