@@ -135,11 +135,9 @@ def survivors(alpha, count, sink, tail, length):
     return alpha.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values    # ties: the earlier
 
 def reduce_keys(x, ids, S, how):
-    """x (N, B, H, w), row b's token i in sentence ids[i, b] of S -> (S, B, H, w); how: "sum" or "amax"."""
-    N, B, H, w = x.shape
-    rows = (ids * B + torch.arange(B, device=x.device)).reshape(N * B, 1).expand(N * B, H * w)
-    out = x.new_zeros(S * B, H * w).scatter_reduce_(0, rows, x.reshape(N * B, H * w), how, include_self=False)
-    return out.view(S, B, H, w)
+    """x (N, B, w), row b's token i in sentence ids[i, b] of S -> (S, B, w); how: "sum" or "amax"."""
+    index = ids[:, :, None].expand(x.shape)
+    return x.new_zeros(S, *x.shape[1:]).scatter_reduce_(0, index, x, how, include_self=False)
 
 # ------------------------------------------------------------------------------------- 3. decode: rank and select
 
@@ -169,15 +167,6 @@ RANKS = {
                               vector=mean_and_deviation, query=halfway),
 }
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
-
-def enough_sentences(length, width):
-    """So many sentences hold `width` tokens whichever they are, as the shortest do: length (B, S) -> int.
-
-    >>> enough_sentences(torch.tensor([[3, 2, 4, 7]]), 6)
-    3
-    """
-    shortest = length.masked_fill(length == 0, width).sort(dim=1).values         # (B, S)
-    return int((shortest.cumsum(1) < width).sum(1).max()) + 1
 
 def select(scores, start, length, near, width, k):
     """Whole sentences in descending score until the budget is full; the last one is cut (Algorithm 1).
@@ -393,7 +382,7 @@ class SentenceKV:
         Prompts of different length are filled up with -1 on the right. more: so many tokens of this prompt follow in
         further calls; vectors are made, and keep=r judges, when it is complete.
         """
-        (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
+        B, T = tokens.shape
         if self.length == 0:
             self._start(B, tokens.device)
         need(B == len(self.lengths), f"this cache holds {len(self.lengths)} rows, got tokens for {B}: use a new cache")
@@ -409,10 +398,7 @@ class SentenceKV:
         self.prune = False
         if self.unjudged and not more:
             self._judge((self.lengths + new).tolist())
-        self.more, text = more, tokens.T.long().view(T, B, 1, 1, 1)
-        if look:
-            self.text.reserve(0, self.length + T + 64 + more, text)
-        self.text.write(0, self.lengths + t[:, None], text)
+        self.more = more
         position = self._note(tokens, new, look)
         if look:
             self.reach = (self.slots if self.prune else max(self.before) + T) + 64 + more    # slots that have to exist
@@ -438,6 +424,9 @@ class SentenceKV:
         starts, ended, self.size = segment(flags, self.ended, size, self.max_sentence)       # (B,) of the open sentence
         real = t < (new[:, None] if T > 1 else 1)                                # (B, T)
         starts &= real & (position >= self.sink)
+        if look:
+            self.text = F.pad(self.text, (0, self.length + T + 64 - self.text.shape[1]), value=-1)
+        self.text.scatter_(1, position, tokens.int())
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
         self.ended.copy_(ended)
         self.current.copy_(ids[:, -1])
@@ -458,9 +447,10 @@ class SentenceKV:
         self.first += self.added
         self.starts = starts[:, -1]                                              # (B,) does the last token start one?
         self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
-        if look:                                                                 # how many to rank until the next look
-            enough = self.budget if self.prompt is not None else enough_sentences(self.first.diff(), self.budget) + 64
-            self.ranked = min(self.first.shape[1] - 1, self.budget, enough)
+        if look:  # rank so many that they fill the budget whichever they are, as the shortest do, or those of one token
+            size = self.first.diff().sort(1).values                              # (B, S); 0: unborn
+            enough = int(((size.cumsum(1) < self.budget) & (size > 0)).sum(1).max()) + 65
+            self.ranked = min(self.first.shape[1] - 1, self.budget, enough if self.prompt is None else self.budget)
         self._divide(decode=T == 1)
         return position
 
@@ -493,7 +483,7 @@ class SentenceKV:
 
     def _start(self, B, device):
         """The state before the first token."""
-        self.flags, self.pool, self.text = self.flags.to(device), HostPool(device), HostPool(device)     # text: tokens
+        self.flags, self.pool = self.flags.to(device), HostPool(device)
         self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
         self.unjudged, self.prompt, self.more = self.keep is not None, None, 0
         self._rewind()
@@ -505,6 +495,7 @@ class SentenceKV:
         self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
         self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
         self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
+        self.text = self.first[:, :0].int()                                      # (B, room) tokens, -1: none
         self.plan, self.since = None, self.refresh
         self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
@@ -583,8 +574,9 @@ class SentenceKV:
         """The vectors of all sentences, from the keys k (N, B, H, d) of all slots."""
         start = self.first if mem.start is None else mem.start                   # (B, S + 1)
         slot = torch.arange(len(k), device=k.device).repeat(len(start), 1)       # (B, N)
-        ids = torch.searchsorted(start, slot, right=True)                        # sentence + 1; sink: 0, padding: S + 1
-        total = reduce_keys(self.rule.brings(k.float()), ids.T, start.shape[1] + 1, self.rule.how)[1:-1]
+        ids = torch.searchsorted(start, slot, right=True).T                      # sentence + 1; sink: 0, padding: S + 1
+        total = [reduce_keys(self.rule.brings(x.float()), ids, start.shape[1] + 1, self.rule.how) for x in k.unbind(2)]
+        total = torch.stack(total, dim=2)[1:-1]                                  # (S, B, H, w), head by head
         vectors = self.rule.vector(total, start.diff().clamp(min=1).T[:, :, None, None])     # (S, B, H, w)
         mem.vectors = vectors.to(k.dtype).permute(1, 2, 0, 3).contiguous()       # (B, H, S, w)
         mem.open.copy_(total[self.current.clamp(min=0), torch.arange(len(start), device=k.device)])
@@ -650,8 +642,7 @@ class SentenceKV:
 
     def tokens(self):
         """All tokens (B, length) that went in, -1 after the end of a shorter row."""
-        tokens = self.text.read(0, self.length).view(self.length, -1).T
-        return tokens.masked_fill(torch.arange(self.length, device=tokens.device) >= self.lengths[:, None], -1)
+        return self.text[:, :self.length].long()
 
     def fetched(self):
         """What the last decode step fetched: sentence and taken, (layers, B, H, k) each, the best sentence first.
@@ -667,8 +658,9 @@ class SentenceKV:
         """Bytes of all buffers that exist: {"device": ..., "host": ...}; a fork counts what it shares as well."""
         tensors = lambda mem: [x for x in vars(mem).values() if isinstance(x, torch.Tensor)]
         device = {id(x): x.nbytes for mem in self.layers for x in tensors(mem)}  # work may be one for all layers
-        pools = [x.nbytes for pool in (self.pool, self.text) if pool for x in pool.kv.values()]
-        return {"device": self.flags.nbytes + self.first.nbytes + sum(device.values()), "host": sum(pools)}
+        shared = [self.flags] + ([self.first, self.text] if self.pool else [])
+        return {"device": sum(x.nbytes for x in shared) + sum(device.values()),
+                "host": sum(x.nbytes for x in self.pool.kv.values()) if self.pool else 0}
 
 def main():
     from experiments.ask import main  # the command line lives beside the method; see --help

@@ -536,7 +536,7 @@ def test_a_row_of_a_batch_equals_the_same_prompt_alone(seed, heads, T, keep):
 
 
 def vector_bytes(cache):
-    return sum(s.vectors.nbytes for s in cache.layers) + cache.first.nbytes
+    return sum(s.vectors.nbytes for s in cache.layers) + cache.first.nbytes + cache.text.nbytes
 
 
 def resident():
@@ -616,10 +616,10 @@ def test_memory_is_the_sum_of_all_tensors_that_the_cache_holds():
         elif hasattr(x, "__dict__"):
             walk(list(vars(x).values()))
     walk(feed.cache)
-    device = [feed.cache.flags, feed.cache.first, feed.cache.layers[0].work]
+    device = [feed.cache.flags, feed.cache.first, feed.cache.text, feed.cache.layers[0].work]
     device += [t for mem in feed.cache.layers for t in (mem.vectors, mem.open, mem.query_sum, mem.start)]
     device += [mem.valid for mem in feed.cache.layers]
-    host = [*feed.cache.pool.kv.values(), *feed.cache.text.kv.values()]
+    host = [*feed.cache.pool.kv.values()]
     assert feed.cache.memory() == {"device": sum(t.nbytes for t in device), "host": sum(t.nbytes for t in host)}
     total = sum(feed.cache.memory().values())
     assert total <= sum(found.values()) <= total + 40_000             # masks and indices of the last step
@@ -907,7 +907,7 @@ def test_the_pool_has_room_for_64_tokens_after_whatever_came_before(tmp_path, ho
         cache = cache.fork() if how == "fork" else SentenceKV.load(path, model)
     one = torch.ones(2, 1, dtype=torch.long)
     model(one, cache)
-    places = lambda: [t.data_ptr() for pool in (cache.pool, cache.text) for t in pool.kv.values()]
+    places = lambda: [t.data_ptr() for t in (cache.text, *cache.pool.kv.values())]
     before, steps = places(), 0
     step = GraphedStep(model, cache)
     while step.steady():
@@ -932,7 +932,7 @@ def test_state_that_a_graph_reads_and_writes_stays_where_it_is():
 
     def state():
         layers = [x for mem in c.layers for x in (mem.vectors, mem.open, mem.query_sum, mem.work)]
-        pools = [*c.pool.kv.values(), *c.text.kv.values()]
+        pools = [*c.pool.kv.values(), c.text]
         state = (c.lengths, c.current, c.ended, c.queries, c.broken, c.first)
         return [t.data_ptr() for t in (*state, *layers, *pools)]
     before = state()
@@ -1138,7 +1138,7 @@ def test_the_vectors_of_a_prompt_in_pieces_are_made_once():
     feed.cache.rule.brings = lambda k: made.append(len(k)) or rule.brings(k)
     for n, more in ((30, 25), (20, 5), (5, 0)):
         feed.push(n, more=more)
-    assert made == [55, 55]                                           # once a layer, of all keys
+    assert made == [55] * 4                                           # once a layer and head, of all keys
 
 
 def test_a_prompt_that_goes_on_cannot_be_forked_cut_saved_or_pruned_by_one_token():
@@ -1288,7 +1288,7 @@ def test_a_hundred_forks_share_one_pool():
     for fork in forks:
         model.prefill(torch.tensor([toy_text(rng, 5)]), fork)
         assert fork.pool.base is base                                 # no chain of branches, however many there are
-        own = sum(t.nbytes for pool in (fork.pool, fork.text) for t in pool.own.kv.values())
+        own = sum(t.nbytes for t in fork.pool.own.kv.values())
         assert own < before / 20 and fork.memory()["host"] == before + own
     assert cache.length == 3000 and all(fork.length == 3005 for fork in forks)
 

@@ -18,12 +18,12 @@ class GraphedStep:
     def steady(self):
         """Will the next decode step launch what the last one did? Not if the host has to look, or without zero copy."""
         c = self.cache
-        return c.plan is not None and c.left > 0 and c.pool.in_place and c.text.in_place
+        return c.plan is not None and c.left > 0 and c.pool.in_place
 
     def __call__(self, tokens):
         """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
         cache = self.cache
-        now = (cache.plan, cache.pool, cache.text)                               # others, after a step or fork elsewhere
+        now = (cache.plan, cache.pool)                                           # others, after a step or fork elsewhere
         if not self.steady() or self.graph and any(a is not b for a, b in zip(now, self.at)):
             self.graph = None
             return self.model.compute(tokens, cache)
@@ -31,9 +31,8 @@ class GraphedStep:
             self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
             with torch.cuda.graph(self.graph):                                   # records, and runs nothing
                 self.logits = self.model.compute(self.tokens, cache)
-                cache.pool.wait()                                                # side streams join the graph
-                cache.text.wait()
-            self.at = (cache.plan, cache.pool, cache.text)
+                cache.pool.wait()                                                # the side stream joins the graph
+            self.at = (cache.plan, cache.pool)
         else:
             cache.length, cache.slots, cache.left = cache.length + 1, cache.slots + 1, cache.left - 1
             self.tokens.copy_(tokens)

@@ -97,23 +97,15 @@ def fork(cache):
     whole(cache, "fork()")
     twin = copy.copy(cache)
     vars(twin).update({name: copied(x) for name, x in vars(cache).items()})
-    for name, at in (("pool", cache.lengths - cache.dropped), ("text", cache.lengths.clone())):
-        pool = getattr(cache, name)
-        unused = isinstance(pool, Branch) and torch.equal(pool.start, at)        # nothing was written since
-        base = pool.base if unused else pool
-        setattr(cache, name, Branch(base, at))
-        setattr(twin, name, Branch(base, at))
+    at, base = cache.lengths - cache.dropped, cache.pool                         # (B,) slots in use
+    if isinstance(base, Branch) and torch.equal(base.start, at):                 # nothing was written since
+        base = base.base
+    cache.pool, twin.pool = Branch(base, at), Branch(base, at)
+    cache.reach = twin.reach = cache.slots + 64                                  # they have no room of their own yet
     twin.layers, twin.plan, twin.since = [], None, twin.refresh                  # it fetches anew
     for mem in cache.layers:
         add_copy(twin, mem)
-    make_room(cache)
-    make_room(twin)
     return twin
-
-def make_room(cache):
-    """For the tokens that may come until the cache makes room by itself."""
-    cache.reach = cache.slots + 64                                               # of the layers, when they write next
-    cache.text.reserve(0, cache.length + 64, torch.empty(1, len(cache.lengths), 1, 1, 1, dtype=torch.long))
 
 def add_copy(cache, mem):
     """One more layer for the cache, with a copy of what `mem`, a layer, keeps; but with places of its own."""
@@ -130,20 +122,19 @@ def truncate(cache, lengths):
     demand(len(wanted) == len(have) and all(type(n) is int and a <= n <= b for a, n, b in zip(least, wanted, have)),
            f"truncate() takes lengths from {least} (what keep=r has pruned is gone) to {have}, got {lengths}")
     lengths = torch.tensor(wanted, device=cache.lengths.device)
-    tokens = cache.tokens()[:, :max(wanted)]
-    tokens = tokens.masked_fill(torch.arange(max(wanted), device=tokens.device) >= lengths[:, None], -1)
-    cache.text, cache.pool = cut(cache.text, lengths), cut(cache.pool, lengths - cache.dropped)
+    gone = torch.arange(max(wanted), device=lengths.device) >= lengths[:, None]
+    cache.pool = cut(cache.pool, lengths - cache.dropped)
     for mem in cache.layers:
         mem.start = None if mem.start is None else mem.start.minimum((lengths - cache.dropped)[:, None])
-    replay(cache, tokens, lengths)
+    replay(cache, cache.tokens()[:, :max(wanted)].masked_fill(gone, -1))
     for layer in range(len(cache.layers)):
         reopen(cache, layer)
 
-def replay(cache, tokens, lengths):
+def replay(cache, tokens):
     """The state after these tokens (B, T), whose keys and values are in the pool."""
     cache._rewind()
-    cache._note(torch.nn.functional.pad(tokens, (0, 1), value=-1), lengths, look=True)       # at least two: a prompt
-    make_room(cache)
+    cache.length = 1                                                             # it has begun already
+    cache.begin(torch.nn.functional.pad(tokens, (0, 1), value=-1))               # two at least: a prompt
 
 def reopen(cache, layer):
     """Make the vector of the open sentences anew, of the keys that they still have."""
@@ -155,8 +146,8 @@ def reopen(cache, layer):
     kv = torch.empty(*slot.shape, 2, d, dtype=mem.work.dtype, device=first.device)
     cache.pool.fetch(layer, slot.contiguous(), kv)
     brought = cache.rule.brings(kv[..., 0, :].permute(2, 0, 1, 3).float())       # (n, B, H, w)
-    ended = (t >= cache.lengths[:, None]).long().T                               # (n, B)
-    mem.open = reduce_keys(brought, ended, 2, cache.rule.how)[0]                 # (B, H, w)
+    ended = (t >= cache.lengths[:, None]).long().T                               # (n, B) 0: in the sentence
+    mem.open = reduce_keys(brought.flatten(2), ended, 2, cache.rule.how)[0].view_as(mem.open)
     size = (cache.lengths - first[:, 0]).clamp(min=1)[:, None, None]
     mem.vectors[torch.arange(B, device=first.device), :, current] = cache.rule.vector(mem.open, size).to(kv.dtype)
 
@@ -259,8 +250,7 @@ def assemble(cls, tensors, settings, model):
         demand(survive and bool((cache.prompt <= lengths).all()) and int(cache.prompt.min()) >= cache.window
                and int(cache.prompt.max()) > survive, "prompt does not fit the settings")
         cache.dropped = (cache.prompt - survive).clamp(min=0)
-    replay(cache, tokens, lengths)
-    cache.text.write(0, torch.arange(N, device=weight.device)[:, None].expand(N, B), tokens.T)
+    replay(cache, tokens)
     for l in range(c.num_hidden_layers):
         add_layer(cache, {name: tensors.get(f"layer.{l}.{name}") for name in TENSORS}, l, c, weight)
     cache.pool = Branch(cache.pool, cache.lengths - cache.dropped) if cache.pool.stream is None else cache.pool
