@@ -3019,12 +3019,15 @@ def test_what_was_evicted_never_comes_back_and_a_follow_up_does_not_see_it(name)
 
 def test_sentencekv_competes_with_the_papers_settings_at_the_common_windows():
     made = {name: new(100) for name, new in baselines.methods(TOY_FLAGS).items() if name.startswith("SentenceKV")}
-    tell = lambda c: (c.rule, c.keep, c.pool_width, c.window, c.sink, c.recent, c.budget)
-    same, R = (32, 4, 32, 100), sentencekv.RANKS
+    tell = lambda c: (c.rule, c.keep, c.pool_width, c.window, c.sink, c.recent, c.budget, c.refresh, type(c))
+    same, R = (32, 4, 32, 100, 1, SentenceKV), sentencekv.RANKS
     assert {name: tell(cache) for name, cache in made.items()} == {
         "SentenceKV": (R["spread"], None, 1, *same), "SentenceKV, bounds": (R["bounds"], None, 1, *same),
         "SentenceKV, mean": (R["mean"], None, 1, *same), "SentenceKV, paper": (R["mean"], 2, 7, *same),
-        "SentenceKV, paper, keep 3": (R["mean"], 3, 7, *same)}
+        "SentenceKV, paper, keep 3": (R["mean"], 3, 7, *same),
+        "SentenceKV, refresh 2": (R["spread"], None, 1, *same[:4], 2, SentenceKV),
+        "SentenceKV, refresh 8": (R["spread"], None, 1, *same[:4], 8, SentenceKV),
+        "SentenceKV, lookahead": (R["spread"], None, 1, *same[:5], Lookahead)}
 
 
 def best_of(scores, far, room):
@@ -3199,7 +3202,7 @@ def test_sentencekv_attends_to_what_the_same_rule_takes_among_the_rivals(seed, r
             for layer in range(2):
                 c.attend(layer, q[layer], k[layer], values[layer])
                 if c is cache and T == 1:
-                    assert torch.equal(recording.attended(cache), rival.mask[layer])
+                    assert torch.equal(recording.attended(cache, layer), rival.mask[layer])
 
 
 def test_attention_sums_are_sums_of_attention():

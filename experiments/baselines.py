@@ -12,6 +12,7 @@ neither in the sink nor recent. Reading order: DenseKV (model.py) -> Rival -> th
 import torch
 import torch.nn.functional as F
 
+from experiments.lookahead import Lookahead
 from experiments.recording import attention_sums, group_logits
 from model import DenseKV
 from sentencekv import PAPER, SentenceKV, segment
@@ -291,11 +292,13 @@ class OracleSentences(Sentences):
 def methods(flags):
     """{name: function of a budget that makes a new cache}; sink 4 and recent 32 for all."""
     paper = {name: value for name, value in PAPER.items() if name not in ("budget", "sink", "recent")}
-    ours = lambda **settings: lambda budget: SentenceKV(flags, budget=budget, sink=4, recent=32, **settings)
+    ours = lambda kind=SentenceKV, **more: lambda budget: kind(flags, budget=budget, sink=4, recent=32, **more)
     return {
         "dense": lambda budget: DenseKV(),
         "SentenceKV": ours(), "SentenceKV, bounds": ours(rank="bounds"), "SentenceKV, mean": ours(rank="mean"),
         "SentenceKV, paper": ours(**paper), "SentenceKV, paper, keep 3": ours(**{**paper, "keep": 3}),
+        "SentenceKV, refresh 2": ours(refresh=2), "SentenceKV, refresh 8": ours(refresh=8),
+        "SentenceKV, lookahead": ours(Lookahead),
         "Quest": Quest, "InfLLM": InfLLM, "SnapKV": SnapKV, "H2O": H2O, "StreamingLLM": StreamingLLM,
         "oracle, tokens": OracleTokens, "oracle, sentences": lambda budget: OracleSentences(budget, flags),
     }

@@ -114,13 +114,13 @@ class Shown(DenseKV):
                 mask = cache.mask[layer]
             else:
                 cache.attend(layer, q.float(), k.float(), torch.full_like(k, self.length - 1, dtype=torch.float32))
-                mask = attended(cache)
+                mask = attended(cache, layer)
             self.share[layer, name].append((mass * mask).sum(-1).mean(1))
         return out
 
-def attended(cache):
-    """Which tokens a SentenceKV attended to in the layer of the last attend(), (B, H, N); its values are positions."""
-    position = cache.layers[0].work[..., 1, 0].long()                            # (B, H, places), one for all layers
+def attended(cache, layer):
+    """Which tokens a SentenceKV attended to in the last attend(), of this layer, (B, H, N); its values are positions."""
+    position = cache.layers[layer].work[..., 1, 0].long()                        # (B, H, places)
     # A place that is not used holds token 0, which is in the sink.
     mask = torch.zeros(*position.shape[:2], cache.length, dtype=torch.bool, device=position.device)
     return mask.scatter(-1, position, True)
