@@ -43,8 +43,8 @@ from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, 
                          recording, rules, speed, svg)
 from experiments.corpus import VALUE
 from experiments.recording import start
-from model import (LLAMA3_ROPE, SHAPES, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, rotate,
-                   sample)
+from experiments.shapes import SHAPES, random_llama
+from model import LLAMA3_ROPE, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, rotate, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
 from train_tiny import TrainingCache, batch, needle, story
@@ -973,7 +973,7 @@ def toy_model(seed=0, **changes):
     """Two layers that read the toy vocabulary, in float64."""
     shape = dict(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=4, max_position_embeddings=4096)
-    return Llama.random("tiny", dtype=torch.float64, seed=seed, **{**shape, **changes})
+    return random_llama("tiny", dtype=torch.float64, seed=seed, **{**shape, **changes})
 
 
 def ragged(rows):
@@ -1656,7 +1656,7 @@ TO_META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.q_p
 
 def small_model(seed=0, **changes):
     """Two layers that fit on a page, and not one weight like another."""
-    model = Llama.random("tiny", seed=seed, **{**SMALL, **changes})
+    model = random_llama("tiny", seed=seed, **{**SMALL, **changes})
     for p in model.parameters():                # norms that are not 1, so that a lost or swapped one is seen
         if p.ndim == 1:
             p.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
