@@ -2690,6 +2690,43 @@ def test_tokenizer_a_token_its_merges_cannot_make_is_refused_but_kept_under_igno
         load_json(tmp_path, root)
 
 
+def plain_bpe(piece, vocab, merges, ignore_merges):
+    """What a tokenizer.json says of one piece: the first of the listed merges that is possible, leftmost, again and
+    again; with ignore_merges a piece that is a token stays whole."""
+    parts = [piece] if ignore_merges and piece in vocab else [*piece]
+    while possible := [pair for pair in merges if pair in zip(parts, parts[1:])]:
+        i = [*zip(parts, parts[1:])].index(possible[0])
+        parts[i:i + 2] = ["".join(possible[0])]
+    return [vocab[part] for part in parts]
+
+
+def test_tokenizer_files_that_are_accepted_are_merged_as_they_say():
+    rng, accepted, refused = random.Random(0), 0, 0
+    for _ in range(400):
+        letters, tokens = "abc"[:rng.randrange(1, 4)], []
+        for _ in range(rng.randrange(1, 8)):                             # joined from others, or at random
+            parts = [*letters, *tokens] if rng.random() < 0.8 else [rng.choice(letters) * 2]
+            tokens.append(rng.choice(parts) + rng.choice(parts))
+        tokens = [*dict.fromkeys(tokens)]
+        vocab = {c: i for i, c in enumerate([*T.BYTE_OF, *tokens])}
+        merges = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if {t[:i], t[i:]} <= vocab.keys()]
+        if rng.random() < 0.5:                                           # in another order of the pairs of a token
+            merges = sorted(rng.sample(merges, len(merges)), key=lambda pair: vocab["".join(pair)])
+        if rng.random() < 0.2:
+            rng.shuffle(merges)
+        merges, ignore_merges = [pair for pair in merges if rng.random() < 0.9], rng.random() < 0.5
+        try:
+            T.check_merges(vocab, merges, ignore_merges)
+        except ValueError:
+            refused += 1
+            continue
+        accepted += 1
+        tok = Tokenizer(r"\S+", {bytes(map(T.BYTE_OF.get, t)): i for t, i in vocab.items()}, {}, set())
+        for text in [*tokens, *("".join(rng.choices(letters, k=rng.randrange(1, 12))) for _ in range(20))]:
+            assert tok.encode(text) == plain_bpe(text, vocab, merges, ignore_merges), (text, tokens, merges)
+    assert accepted > 100 and refused > 100
+
+
 def mutate_tokenizer(data, rng):
     """Damage a file: flip, drop or insert bytes, cut it, repeat a part, or swap numbers."""
     data = bytearray(data)
