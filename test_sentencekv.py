@@ -42,6 +42,7 @@ import tokenizer as T
 from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, living, measure, parts, quality,
                          recording, rules, speed, svg)
 from experiments.corpus import VALUE
+from experiments.merges import check_merges
 from experiments.recording import start
 from experiments.shapes import SHAPES, random_llama
 from model import LLAMA3_ROPE, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, rotate, sample
@@ -2716,7 +2717,7 @@ def test_tokenizer_files_that_are_accepted_are_merged_as_they_say():
             rng.shuffle(merges)
         merges, ignore_merges = [pair for pair in merges if rng.random() < 0.9], rng.random() < 0.5
         try:
-            T.check_merges(vocab, merges, ignore_merges)
+            check_merges(vocab, merges, ignore_merges)
         except ValueError:
             refused += 1
             continue

@@ -15,7 +15,7 @@ import tiktoken
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LONGEST, NO_ID = 1024, 1 << 22  # the longest token, in bytes; ids are smaller than that
+LONGEST, NO_ID = 1024, 1 << 22  # bytes of the longest token; a number that no id reaches
 RUN = 1 << 17  # longer runs of white space are cut here: they overflow the stack of tiktoken's regex
 BOS = ("<|begin_of_text|>", "<|bos|>", "<s>")
 STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
@@ -141,29 +141,7 @@ def read_json(data):
         added[name] = t["id"]
     for c in {*"".join(vocab)}:
         demand(c in BYTE_OF, f"{c!r} in the vocabulary is no byte: SentencePiece is not supported")
+    from experiments.merges import check_merges                                 # the only use of another file here
     check_merges(vocab, merges, model.get("ignore_merges") is True)
     return Tokenizer(pattern, {bytes(map(BYTE_OF.get, token)): i for token, i in vocab.items()}, added,
                      {t["id"] for t in tokens if t["special"]}, bool(nfc))
-
-def check_merges(vocab, merges, ignore_merges):
-    """Would tiktoken merge as the file says? It has no list of merges: of all neighbours that make a token, those of
-    the lowest id join, and a piece that is a token stays whole. So the file's merges must come in the order of the ids,
-    and have of each token the pair that tiktoken joins last. (Other pairs do no harm: they never become neighbours.)
-    A token that joining cannot make is only ever a whole piece: it needs ignore_merges."""
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    known = all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs)
-    wanted = {last_pair(token, vocab) for token in vocab if 1 < len(token) <= LONGEST}
-    demand(known and wanted - {None} <= {*pairs} and len({*pairs}) == len(pairs)
-           and pairs == sorted(pairs, key=lambda pair: vocab["".join(pair)]) and (ignore_merges or None not in wanted),
-           "the merges do not make the tokens in the order of their ids, as tiktoken would")
-
-def last_pair(token, vocab):
-    """What tiktoken joins last when it makes the token, "the" -> ("th", "e"); None if it gets stuck before."""
-    parts = [*token]
-    while len(parts) > 2:
-        ids = [vocab.get(a + b, NO_ID) for a, b in zip(parts, parts[1:])]
-        i = ids.index(min(ids))
-        if ids[i] == NO_ID:
-            return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return tuple(parts)
