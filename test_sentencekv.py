@@ -1578,7 +1578,8 @@ def test_too_little_host_memory_is_told_before_the_prompt_is_read(monkeypatch):
 
 def test_available_memory_is_what_the_system_says():
     free = available_memory()
-    assert free is None and not os.path.exists("/proc/meminfo") or 1e6 < free < 1e15
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert free is None and not os.path.exists("/proc/meminfo") or total / 1000 < free <= total
 
 
 def test_running_out_of_memory_names_the_setting_to_change(monkeypatch):
@@ -1822,6 +1823,12 @@ def test_llama3_scaling_leaves_blends_and_slows():
 def test_named_shapes_have_the_published_parameter_counts(shape, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(Config(**SHAPES[shape])).parameters()) == count
+    assert SHAPES[shape]["rope_scaling"]["factor"] == (8.0 if shape == "llama-3.1-8b" else 32.0)
+
+
+def test_random_weights_are_those_of_their_seed():
+    first, same, other = (random_llama("tiny", seed=seed).embed_tokens.weight for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_bfloat16_leaves_the_rotary_frequencies_in_float32():
@@ -2002,6 +2009,17 @@ def test_configurations_of_all_ages_mean_the_same(tmp_path, scaling):
     for variant in (new, old, dict(old, num_key_value_heads=None, head_dim=None)):
         (tmp_path / "m/config.json").write_text(json.dumps(variant))
         assert vars(Llama.from_pretrained(tmp_path / "m").config) == vars(model.config)
+    for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta"):
+        j.pop(name)
+    (tmp_path / "m/config.json").write_text(json.dumps(j))
+    c = Llama.from_pretrained(tmp_path / "m").config
+    assert (c.rms_norm_eps, c.max_position_embeddings, c.rope_theta) == (1e-6, 2048, 10000)     # as Hugging Face's
+
+
+@pytest.mark.parametrize("wrong", ["llama3", [], {**LLAMA3_ROPE, "more": 1.0}, {"factor": 8.0}], ids=str)
+def test_a_config_with_another_rope_scaling_says_what_it_must_have(wrong):
+    with pytest.raises(ValueError, match="rope_scaling must have factor, low_freq_factor"):
+        Config(**{**SMALL, "rope_scaling": wrong})
 
 
 @pytest.mark.parametrize("padding", range(8))
@@ -2182,7 +2200,7 @@ def test_a_wrong_config_is_refused(tmp_path, name, value):
     if name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "model_type"):
         (path / "config.json").write_text(json.dumps({n: v for n, v in j.items() if n != name}))
-        refuse(path, "config.json", name)
+        refuse(path, "config.json", name if name == "model_type" else f"missing field '{name}'")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"a": 1, "a": 2}', "\ufeff{}", "[" * 50000])
@@ -2244,7 +2262,8 @@ def test_a_damaged_meta_checkpoint_is_refused(tmp_path, case):
     ("ffn_dim_multiplier", math.nan), ("ffn_dim_multiplier", "2"), ("norm_eps", None), ("rope_theta", -1),
     ("use_scaled_rope", "false"), ("moe_args", {}), ("quantization_args", {})])
 def test_wrong_meta_parameters_are_refused(tmp_path, name, value):
-    refuse(write_meta(tmp_path / "m", small_model(), **{name: value}), tmp_path / "m")
+    config = name in ("n_layers", "n_kv_heads", "norm_eps", "ffn_dim_multiplier") or value == 1 << 30  # named as there
+    refuse(write_meta(tmp_path / "m", small_model(), **{name: value}), tmp_path / "m", "" if config else name)
 
 
 def test_a_meta_checkpoint_without_output_matrix_or_in_parts_or_torn_is_refused(tmp_path):
@@ -2621,6 +2640,9 @@ BAD_JSONS = {
     "merge of three": (change("model", "merges", 0, to="a b c"), "merges"),
     "merge of numbers": (change("model", "merges", 0, to=[1, 2]), "str"),
     "merge of no token": (change("model", "merges", 1, to="q z"), "merges"),
+    "merge of no token beside": (change("model", "merges", slice(5, 5), to=["q z"]), "merges"),
+    "merge of halves beside": (change("model", "merges", slice(2, 2), to=["t he"]), "merges"),
+    "merge of three beside": (change("model", "merges", slice(2, 2), to=["t h e"]), "merges"),
     "merge that is missing": (without("model", "merges", 1), "merges"),
     "merges in another order": (change("model", "merges", slice(0, 3), to=["i n", "t h", "th e"]), "merges"),
     "merge that BPE never makes": (change("model", "merges", 1, to="t he"), "merges"),
