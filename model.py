@@ -1,7 +1,7 @@
 """A minimal Llama (2, 3, 3.1, 3.2) that loads real checkpoints, and the plain dense KV cache.
 
-Reading order: Config -> rotary, Attention, MLP, Block -> Llama -> DenseKV -> the loader (Hugging Face; Meta's
-checkpoints need experiments/meta.py beside this file).
+Reading order: Config -> rotary, Attention, MLP, Block -> Llama -> DenseKV -> the loader (Hugging Face). Meta's
+checkpoints and CUDA graphs need experiments/ beside this file, nothing else does.
 
 The model owns no cache. Every layer hands its queries, keys and values to a cache object and gets the attention
 output back; whatever the cache does in between (keep all of it, as DenseKV does here, or keep sentences in CPU
@@ -230,7 +230,7 @@ class Llama(nn.Module):
         temperature 0 is greedy; otherwise samples from the smallest set of tokens whose probability reaches top_p.
         A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends. In the
         end the cache holds for each row what it would hold had the row been alone: all but the token yielded last.
-        chunk: see prefill; cuda_graph: see GraphedStep. ValueError, at the first step, for arguments without sense.
+        chunk: see prefill; cuda_graph: see experiments/graph.py. ValueError, at the first step, for senseless ones.
         """
         demand(type(max_new_tokens) is int and max_new_tokens >= 0,
                f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
@@ -238,9 +238,11 @@ class Llama(nn.Module):
         demand(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
         demand(seed is None or type(seed) is int and 0 <= seed < 1 << 63,
                f"seed must be None or a whole number from 0 to 2^63 - 1, got {seed!r}")
-        demand(not cuda_graph or tokens.is_cuda and hasattr(cache, "steady"),
-               "cuda_graph needs a CUDA device and a cache that keeps its state in place, as SentenceKV does")
-        step_of = GraphedStep(self, cache) if cuda_graph else lambda tokens: self(tokens, cache)
+        step_of = lambda tokens: self(tokens, cache)
+        if cuda_graph:
+            from experiments.graph import GraphedStep
+            demand(tokens.is_cuda, "cuda_graph needs a CUDA device")
+            step_of = GraphedStep(self, cache)
         rng = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=tokens.device)
         last = done = torch.zeros(tokens.shape[:1], dtype=torch.bool, device=tokens.device)
@@ -271,33 +273,9 @@ class Llama(nn.Module):
         if os.path.isfile(path / "config.json"):
             return assemble(path, *read_huggingface(path), huggingface_name, device, dtype, progress)
         if os.path.isfile(path / "params.json"):
-            from experiments.meta import load_meta                              # the only use of another file here
+            from experiments.meta import load_meta
             return load_meta(path, device, dtype, progress)
         raise FileNotFoundError(f"{path}: no config.json (Hugging Face) and no params.json (Meta) in it")
-
-class GraphedStep:
-    """Decode steps of a CUDA device as one launch: a CUDA graph, captured anew whenever the cache's shapes change."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache, self.graph = model, cache, None
-
-    def __call__(self, tokens):
-        """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
-        now = (self.cache.plan, self.cache.pool, self.cache.text)               # others, after a step or fork elsewhere
-        if not self.cache.steady() or self.graph and any(a is not b for a, b in zip(now, self.at)):
-            self.graph = None
-            return self.model.compute(tokens, self.cache)
-        if self.graph is None:
-            self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
-            with torch.cuda.graph(self.graph):                                  # records, and runs nothing
-                self.logits = self.model.compute(self.tokens, self.cache)
-                self.cache.join()
-            self.at = (self.cache.plan, self.cache.pool, self.cache.text)
-        else:
-            self.cache.advance()
-            self.tokens.copy_(tokens)
-        self.graph.replay()
-        return self.logits
 
 def sample(logits, temperature=0.0, top_p=1.0, rng=None):
     """logits (B, V) -> ids (B,). Nucleus sampling; temperature 0 takes the largest logit."""

@@ -7,9 +7,9 @@ sentences, and a token budget is filled: the first tokens (sink), the last ones 
     sink         | far: whole sentences, reached by their vectors   | tail: recent window, rounded out to sentences
     always taken | the best are taken until the budget is full      | always taken
 
-Every token takes the same path, whether it came in a prompt or was generated: its K and V go to the host pool at once.
-Every step takes the same path, too: one fetch brings all that is attended to, near or far. A sentence that leaves the
-recent window moves no data, only its vector is written. So the device holds vectors, and nothing is ever unreachable.
+Every token takes the same path, whether it came in a prompt or was generated: its K and V go to the host pool at once,
+and into the vector of its sentence. Every step takes the same path, too: one fetch brings all that is attended to,
+near or far. A sentence that leaves the recent window moves no data. The device holds vectors; nothing is unreachable.
 
 B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads, G = Hq / H of them share one.
     code               paper     shape                  where
@@ -20,13 +20,13 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
     mem.query_sum      Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
     query              qbar      (B, H, w)              device  their mean (Eq. 2), or what the rule makes of them
     pool.kv[l]         K, V      (C, B, H, 2, d)        host    every kept token: [..., 0, :] keys, [..., 1, :] values
-    mem.work           -         (budget, B, H, 2, d)   device  what a layer attends to in one step
+    mem.work           -         (B, H, budget, 2, d)   device  what a layer attends to in one step
     first              -         (B, S + 1)             device  sentence s is tokens first[s] to first[s + 1] - 1
-    far, tail          -         (B,)                   device  number of far sentences; position where the tail starts
+    far, tail          -         (B, 1)                 device  number of far sentences; position where the tail starts
     plan               -         see _plan              device  which slots the next fetch takes, the same in all layers
-`mem` is layers[l], what one layer keeps on the device; the rest is kept once for all layers. A token's *position* counts
-the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from the paper, and why, is said
-in place after the word "Paper:".
+`mem` is layers[l], what one layer keeps on the device; the rest is kept once for all layers. A token's *position*
+counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from the paper, and why,
+is said in place after the word "Paper:".
 """
 import functools
 import warnings
@@ -42,7 +42,7 @@ from torch.nn.attention.bias import causal_lower_right
 ALWAYS = tuple("。！？｡।॥؟۔።။។")       # ends a sentence whatever follows
 MAYBE = tuple(".!?…")                 # ends one if white space follows, so that 3.14 and example.com stay whole
 CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
-HARD, SOFT, EXTENDER, SPACE, START = 1, 2, 4, 8, 16
+SOFT, HARD, EXTENDER, SPACE, START = 1, 2, 4, 8, 16
 
 def sentence_flags(token_bytes):
     """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
@@ -52,7 +52,7 @@ def sentence_flags(token_bytes):
     tokenizer, from its own bytes.
 
     >>> sentence_flags([b"end.", b".\\n\\n", b'."', b")", b" The", None]).tolist()
-    [2, 1, 2, 4, 8, 1]
+    [1, 2, 1, 4, 8, 2]
     """
     flags = []
     for raw in token_bytes:
@@ -68,36 +68,40 @@ def sentence_flags(token_bytes):
         flags.append(HARD * hard + SOFT * (maybe and not hard) + EXTENDER * bool(extender) + SPACE * bool(space))
     return torch.tensor(flags, dtype=torch.uint8)
 
-def segment(flags, ended, length, cap):
-    """Which of T new tokens start a sentence. Bulk and streaming are this one function, with T large or T = 1.
+def continue_sentence(flag, ended, length, cap):
+    """One token further -> (does it start a sentence?, ended, length). All Python ints, or all tensors (B,).
 
-    flags (B, T): of the new tokens; beside those of sentence_flags, START begins a sentence in any case. Carried over
-    from the tokens before: ended (B,) is HARD, SOFT or 0, how the last token left its sentence; length (B,) is the
-    length of the open sentence. No sentence grows longer than `cap`.
+    ended: how the token before left its sentence, SOFT, HARD or 0 (still open); length: tokens in the sentence so far.
+    """
+    space, word = flag & SPACE > 0, flag & EXTENDER == 0
+    over = (ended == HARD) | (ended == SOFT) & space             # white space after the full stop
+    start = over & word | (flag & START > 0) | (length % cap == 0)
+    over = over | (flag & HARD > 0)
+    ended = word * (flag & (SOFT | HARD)) + (word == 0) * (over * HARD + (over == 0) * ended)
+    return start, ended, (start == 0) * length + 1
+
+def segment(flags, ended, length, cap):
+    """Which of T new tokens start a sentence. One rule: a prompt is cut on the host, a single token on its device.
+
+    flags (B, T): of the new tokens; beside those of sentence_flags, START begins a sentence in any case. ended and
+    length (B,) are carried over from the tokens before, see continue_sentence. No sentence grows longer than `cap`.
     Returns starts (B, T) bool and the new (ended, length).
 
     >>> hello, stop, quote, says, two = 0, SOFT, EXTENDER, SPACE, SPACE         # hello . " says two
     >>> segment(torch.tensor([[hello, stop, quote, says, two]]), torch.tensor([0]), torch.tensor([0]), 64)[0].int()
     tensor([[1, 0, 0, 1, 0]], dtype=torch.int32)
     """
-    B, T = flags.shape
-    flags = torch.cat((ended[:, None].to(flags.dtype), flags), dim=1)            # the carried state as a token before
-    t = torch.arange(T + 1, device=flags.device).expand(B, T + 1)
-    extender, space = (flags & EXTENDER) > 0, (flags & SPACE) > 0
-    anchor = t.masked_fill(extender, 0).cummax(1).values                         # last token that is no extender
-    last_hard = t.masked_fill((flags & HARD) == 0, -1).cummax(1).values
-    last_space = t.masked_fill(~(extender & space), -1).cummax(1).values         # white space after the full stop
-    soft = (flags.gather(1, anchor) & SOFT) > 0
-    hard = (last_hard >= anchor) | (soft & (last_space > anchor))
-    ended = hard * HARD + (soft & ~hard) * SOFT                                  # (B, T + 1) state after each token
-    starts = ~extender[:, 1:] & ((ended[:, :-1] == HARD) | ((ended[:, :-1] == SOFT) & space[:, 1:]))
-    starts = starts | ((flags[:, 1:] & START) > 0)
-    # age: tokens since the last start by punctuation. A cut at the cap does not reset it, hence the modulus; the first
-    # token of all has age 0, and so starts a sentence as well.
-    start = t[:, 1:].masked_fill(~starts, 0).cummax(1).values                    # 0: in an earlier call
-    age = torch.where(start > 0, t[:, 1:] - start, t[:, :-1] + length[:, None])
-    starts = starts | (age % cap == 0)
-    return starts, ended[:, -1], age[:, -1] % cap + 1
+    if flags.shape[1] == 1:
+        start, ended, length = continue_sentence(flags[:, 0], ended, length, cap)
+        return start[:, None], ended, length
+    starts, states = [], []
+    for row, e, n in zip(flags.tolist(), ended.tolist(), length.tolist()):
+        starts.append([])
+        for flag in row:
+            start, e, n = continue_sentence(flag, e, n, cap)
+            starts[-1].append(start)
+        states.append((e, n))
+    return torch.tensor(starts, device=flags.device), *torch.tensor(states, device=flags.device).unbind(1)
 
 # ---------------------------------------------------------------------------- 2. prefill: what survives, and vectors
 
@@ -120,63 +124,49 @@ def importance(q, k, position, pool=1):
     return F.max_pool1d(alpha[:, None], pool, stride=1, padding=pool // 2)[:, 0]
 
 def survivors(alpha, count, sink, tail, length):
-    """The `count` tokens that keep=r leaves, in order: alpha (B, T), tail and length (B,) -> (B, count) indices.
+    """The `count` tokens that keep=r leaves, in order: alpha (B, T), tail (B, 1), length (B,) -> (B, count).
 
     The first `sink` and those from `tail` on are always attended to, so they come first; then the highest alpha. A row
     of fewer than `count` tokens keeps all of its own, in front.
     Prompt-wide, not per sentence: a long dull sentence keeps few tokens (paper, A.7).
     """
     t = torch.arange(alpha.shape[1], device=alpha.device)
-    alpha = alpha.masked_fill((t < sink) | (t >= tail[:, None]), float("inf")).masked_fill(t >= length[:, None], -1)
+    alpha = alpha.masked_fill((t < sink) | (t >= tail), float("inf")).masked_fill(t >= length[:, None], -1)
     return alpha.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values    # ties: the earlier
 
-def mean_keys(k, ids, S):
-    """Eq. 1: the mean key of each sentence. k (N, B, H, d), ids (N, B) in 0..S-1 -> (S, B, H, d)."""
-    return reduce_keys(k.float(), ids, S, "mean").to(k.dtype)
-
-def key_bounds(k, ids, S):
-    """The largest k and the largest -k of each sentence, element by element: -> (S, B, H, 2d). Bounds as in Quest."""
-    return reduce_keys(torch.cat((k, -k), dim=-1), ids, S, "amax")
-
-def key_spread(k, ids, S):
-    """The mean key of each sentence and the standard deviation around it, element by element: -> (S, B, H, 2d)."""
-    mean, square = (reduce_keys(x, ids, S, "mean") for x in (k.float(), k.float() ** 2))
-    return torch.cat((mean, (square - mean * mean).clamp(min=0).sqrt()), dim=-1).to(k.dtype)
-
-def reduce_keys(k, ids, S, how):
-    """k (N, B, H, d), row b's token i in sentence ids[i, b] of S -> (S, B, H, d); how: "mean" or "amax"."""
-    N, B, H, d = k.shape
-    rows = (ids * B + torch.arange(B, device=k.device)).reshape(N * B, 1).expand(N * B, H * d)
-    out = k.new_zeros(S * B, H * d).scatter_reduce_(0, rows, k.reshape(N * B, H * d), how, include_self=False)
-    return out.view(S, B, H, d)
+def reduce_keys(x, ids, S, how):
+    """x (N, B, w), row b's token i in sentence ids[i, b] of S -> (S, B, w); how: "sum" or "amax"."""
+    index = ids[:, :, None].expand(x.shape)
+    return x.new_zeros(S, *x.shape[1:]).scatter_reduce_(0, index, x, how, include_self=False)
 
 # ------------------------------------------------------------------------------------- 3. decode: rank and select
 
-def with_size(q):
-    """Queries (B, H, G, d) and the absolute values of their elements, the mean of each group: -> (B, H, 2d)."""
-    return torch.cat((q, q.abs()), dim=-1).mean(2)
+def mean_and_deviation(total, n):
+    """(mean, standard deviation) of n keys, element by element, from the sum of their [k, k * k]: (..., 2d)."""
+    mean, square = (total / n).chunk(2, dim=-1)
+    return torch.cat((mean, (square - mean * mean).clamp(min=0).sqrt()), dim=-1)
 
-# A rule: the width of its vectors as a multiple of d; keys of sentences -> their vectors; and (query q (B, H, G, d),
-# sum of this sentence's queries (B, H, G, d), their number (B,)) -> what the vectors are multiplied with, (B, H, w).
-# The G query heads of a group share one ranking: their mean is taken. "bounds": no key of a sentence has a larger
+def halfway(q, total, n):
+    """The query halfway between q and the mean query, with the absolute values of its elements: (B, H, G, 2d)."""
+    q = (q + total / n) / 2
+    return torch.cat((q, q.abs()), dim=-1)
+
+# A rule says what each key k (..., d) of a sentence brings in, (..., w), and how that is joined, all at once or one by
+# one; the vector made of what n keys have brought; and what it is multiplied with, made of q and of the sum of the
+# sentence's n queries, (B, H, G, d) each. The G query heads of a group share one ranking: the mean of theirs.
+# Paper: "mean", qbar . kbar; but a mean is blind to a key that stands out. "bounds": no key of a sentence has a larger
 # product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). "spread": how large a product can be expected,
-# q . mean k + |q| . deviation of k, with q halfway between the current query and qbar. Paper: "mean", qbar . kbar; but
-# a mean is blind to a key that stands out.
+# q . mean k + |q| . deviation of k.
 RANKS = {
-    "mean": (1, mean_keys, lambda q, total, n: (total.mean(2) / n[:, None, None]).to(q.dtype)),
-    "bounds": (2, key_bounds, lambda q, total, n: torch.cat((q, -q), dim=-1).relu().mean(2)),
-    "spread": (2, key_spread, lambda q, total, n: with_size((q + total / n[:, None, None, None]) / 2).to(q.dtype)),
+    "mean": SimpleNamespace(width=1, brings=lambda k: k, join=torch.add, how="sum", vector=lambda total, n: total / n,
+                            query=lambda q, total, n: total / n),
+    "bounds": SimpleNamespace(width=2, brings=lambda k: torch.cat((k, -k), dim=-1), join=torch.maximum, how="amax",
+                              vector=lambda most, n: most,
+                              query=lambda q, total, n: torch.cat((q, -q), dim=-1).relu()),
+    "spread": SimpleNamespace(width=2, brings=lambda k: torch.cat((k, k * k), dim=-1), join=torch.add, how="sum",
+                              vector=mean_and_deviation, query=halfway),
 }
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
-
-def enough_sentences(length, width):
-    """So many sentences hold `width` tokens whichever they are, as the shortest do: length (B, S) -> int.
-
-    >>> enough_sentences(torch.tensor([[3, 2, 4, 7]]), 6)
-    3
-    """
-    shortest = length.masked_fill(length == 0, width).sort(dim=1).values         # (B, S)
-    return int((shortest.cumsum(1) < width).sum(1).max()) + 1
 
 def select(scores, start, length, near, width, k):
     """Whole sentences in descending score until the budget is full; the last one is cut (Algorithm 1).
@@ -207,21 +197,14 @@ def attend_causal(q, k, v, before, step=512):
 
     q (B, Hq, T, d), k and v (B, H, N, d) -> (B, Hq, T, d); the new tokens of row b follow on its `before[b]` old ones.
     """
-    (B, Hq, T, d), (H, N), out = q.shape, k.shape[1:3], []
+    if len(set(before)) > 1:                                                     # row by row
+        return torch.cat([attend_causal(*(x[b:b + 1] for x in (q, k, v)), [n], step) for b, n in enumerate(before)])
+    T, out = q.shape[2], []
     for i in range(0, T, step):
         t = min(step, T - i)
-        x = q[:, :, i:i + t]                                                     # (B, Hq, t, d)
-        if len(set(before)) == 1:
-            seen = before[0] + i + t                                             # keys that the last of them sees
-            x = F.scaled_dot_product_attention(x, k[:, :, :seen], v[:, :, :seen], causal_lower_right(t, seen),
-                                               enable_gqa=True)
-        else:                                                                    # few kernels take GQA and a mask
-            last = torch.tensor(before, device=q.device)[:, None] + i + torch.arange(t, device=q.device)    # (B, t)
-            mask = (torch.arange(N, device=q.device) <= last[:, :, None])[:, None]           # (B, 1, t, N)
-            folded = x.reshape(B, H, Hq // H * t, d)                             # a group's query heads as more queries
-            mask = mask.repeat(1, 1, Hq // H, 1)                                 # (B, 1, G * t, N)
-            x = F.scaled_dot_product_attention(folded, k, v, mask).view(B, Hq, t, d)
-        out.append(x)
+        seen = before[0] + i + t                                                 # keys that the last of the t sees
+        out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :seen], v[:, :, :seen],
+                                                  causal_lower_right(t, seen), enable_gqa=True))
     return torch.cat(out, dim=2)
 
 # ----------------------------------------------------------------------------------------------- 4. the host pool
@@ -251,11 +234,11 @@ class HostPool:
 
     On CUDA the memory is pinned (PyTorch rounds pinned blocks up to a power of two), and kernels read and write it in
     place (zero copy: no work for the CPU, no sync), writes on a side stream while the next layer computes. Where that
-    cannot be, the CPU gathers into a staging buffer.
+    cannot be, the CPU gathers into a pinned buffer, which PyTorch hands out again when its copy is over.
     """
 
     def __init__(self, device):
-        self.device, self.kv, self.seen, self.staging = device, {}, {}, None     # seen[l]: kv[l] as the device sees it
+        self.device, self.kv, self.seen = device, {}, {}                         # seen[l]: kv[l] as the device sees it
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pinned = self.stream is not None
         self.in_place = not self.pinned or zero_copy_works(device)
@@ -285,7 +268,7 @@ class HostPool:
     def write(self, layer, slot, kv):
         """Tokens kv (t, B, H, 2, d) from the device to slots (t, B)."""
         t, B = slot.shape
-        rows = (slot * B + torch.arange(B, device=slot.device)).flatten()        # the pool: (C * B, H * 2 * d)
+        rows = (slot * B + torch.arange(B, device=slot.device)).flatten()        # the pool seen as (C * B, H * 2 * d)
         kv = kv.reshape(t * B, -1)
         if not self.in_place:
             self.kv[layer].view(-1, kv.shape[1]).index_copy_(0, rows.cpu(), kv.cpu())
@@ -299,24 +282,17 @@ class HostPool:
         return self.kv[layer][:n].to(self.device, non_blocking=True)
 
     def fetch(self, layer, slot, out):
-        """out[i, b, h] = what is in slot[i, b, h] of row b and head h. slot (n, B, H), out (n, B, H, 2, d): device."""
+        """out[b, h, i] = what row b and head h have in slot[b, h, i]. slot (B, H, n), out (B, H, n, 2, d): device."""
         self.wait()
-        _, B, H = slot.shape
-        rows = (slot * (B * H) + torch.arange(B * H, device=slot.device).view(B, H)).flatten()
-        out = out.view(len(rows), -1)                                            # the pool seen as (C * B * H, 2 * d)
+        B, H, n = slot.shape
+        rows = (slot * (B * H) + torch.arange(B * H, device=slot.device).view(B, H, 1)).flatten()
+        out = out.view(B * H * n, -1)                                            # the pool seen as (C * B * H, 2 * d)
         if self.in_place:
             torch.index_select(self.seen[layer].view(-1, out.shape[1]), 0, rows, out=out)
-            return
-        if self.staging is None or self.staging.shape < out.shape:
-            self.staging = self.allocate(out.shape, out.dtype)
-        rows = rows.cpu()              # waits for the device, so the last copy from the staging buffer is over as well
-        staging = self.staging[:len(rows)]
-        torch.index_select(self.kv[layer].view(-1, out.shape[1]), 0, rows, out=staging)
-        out.copy_(staging, non_blocking=True)
-
-    def cut(self, slots):
-        """The pool to go on with when what is in slots (B,) and after is forgotten."""
-        return self
+        else:
+            staging = torch.empty(out.shape, dtype=out.dtype, pin_memory=self.pinned, device="cpu")
+            torch.index_select(self.kv[layer].view(-1, out.shape[1]), 0, rows.cpu(), out=staging)
+            out.copy_(staging, non_blocking=True)
 
     def release(self, layer):
         """Give a layer's memory back."""
@@ -341,8 +317,7 @@ class HostPool:
         return torch.cuda.stream(self.stream)
 
     def finish(self):
-        """The device has done all it was told to. Before memory is let go: PyTorch cannot know which kernels use an
-        alias of it."""
+        """The device has done all it was told to. Before memory is let go: PyTorch does not know what uses an alias."""
         if self.stream is not None:
             torch.cuda.synchronize(self.device)
 
@@ -371,13 +346,12 @@ class SentenceKV:
     max_sentence  longer sentences are cut here; default 64, or a third of budget - sink - recent if that is less: the
              window, rounded out to whole sentences, must not eat up what is left for fetching.
     refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
-    lookahead  choose and fetch for the next token with this one's query, on CUDA while other layers compute.
 
     A prompt (T > 1) attends exactly to everything kept; a single token is a decode step. What cannot work: ValueError.
     """
 
     def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="spread",
-                 max_sentence=None, refresh=1, lookahead=False):
+                 max_sentence=None, refresh=1):
         for name, value, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, 1),
                                    ("window", window, 1), ("pool", pool, 1), ("max_sentence", max_sentence, 1),
                                    ("refresh", refresh, 1)):
@@ -388,7 +362,6 @@ class SentenceKV:
         more = " + refresh - 1" if refresh > 1 else ""
         need(room > 0, f"budget {budget} must exceed sink + recent{more} = {budget - room}: raise it or lower those")
         need(max_sentence <= room, f"max_sentence {max_sentence} must fit into the rest of the budget = {room}")
-        need(type(lookahead) is bool, f"lookahead must be True or False, got {lookahead!r}")
         need(keep is None or type(keep) in (int, float) and 1 <= keep < float("inf"),
              f"keep must be None (keep all) or a number of at least 1, got {keep!r}")
         need(pool % 2 == 1, f"pool must be odd, got {pool}")
@@ -396,12 +369,12 @@ class SentenceKV:
         need(isinstance(flags, torch.Tensor) and flags.dtype == torch.uint8 and flags.ndim == 1 and len(flags) > 0,
              "flags must be the (vocabulary,) uint8 tensor that sentence_flags(token_bytes) returns")
         self.settings = dict(budget=budget, keep=keep, sink=sink, recent=recent, window=window, pool=pool, rank=rank,
-                             max_sentence=max_sentence, refresh=refresh, lookahead=lookahead)
+                             max_sentence=max_sentence, refresh=refresh)
         self.flags = torch.cat((flags, flags.new_tensor([0, EXTENDER])))         # [V]: unknown, a word; [-1]: padding
         self.budget, self.sink, self.recent, self.max_sentence = budget, sink, recent, max_sentence
-        self.keep, self.window, self.pool_width, self.rank = keep, window, pool, RANKS[rank]
-        self.refresh, self.lookahead, self.width = refresh, lookahead, budget - refresh     # places filled by a fetch
-        self.length, self.layers, self.pool, self.first, self.work = 0, [], None, None, None
+        self.keep, self.window, self.pool_width, self.rule = keep, window, pool, RANKS[rank]
+        self.refresh, self.width = refresh, budget - refresh                     # places filled by a fetch
+        self.length, self.layers, self.pool, self.first, self.plan = 0, [], None, None, None
 
     def begin(self, tokens, more=0):
         """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T).
@@ -413,26 +386,23 @@ class SentenceKV:
         if self.length == 0:
             self._start(B, tokens.device)
         need(B == len(self.lengths), f"this cache holds {len(self.lengths)} rows, got tokens for {B}: use a new cache")
-        self.new = new = (tokens >= 0).sum(1) if T > 1 else 1                    # (B,) real tokens
-        self.slot = self.lengths - self.dropped                                  # (B,) the first of them goes there
-        self.before = self.slot.tolist() if T > 1 else None
         need(T > 1 or not self.more, "the last piece of a prompt must have more than one token")
-        self.unasked += 1
-        ask = T > 1 or self.unasked == 64
-        if ask:
+        new = (tokens >= 0).sum(1) if T > 1 else 1                               # (B,) real tokens
+        self.slot = self.lengths - self.dropped                                  # (B,) the first of them goes there
+        self.before = self.slot.tolist() if T > 1 else [self.slots]
+        # The host looks at the device's numbers with a prompt, and else once in 64 tokens, which is the one sync of a
+        # decode step; then it makes room for 64 more.
+        look = T > 1 or self.left == 0
+        if look:
             self._look()
         self.prune = False
         if self.unjudged and not more:
             self._judge((self.lengths + new).tolist())
         self.more = more
-        spare = 64 * (ask or self.plan is None) + more                           # enough until it asks again
-        self.reach = (max(self.before) if T > 1 else self.slots) + T + spare     # so many slots have to be there
-        text = tokens.T.long().view(T, B, 1, 1, 1)
-        self.text.reserve(0, self.length + T + spare, text)
-        self.text.write(0, self.lengths + torch.arange(T, device=tokens.device)[:, None], text)
-        positions = self._note(tokens, new, ask)
-        self.slots = int((self.lengths - self.dropped).max()) if T > 1 else self.slots + 1
-        return positions
+        position = self._note(tokens, new, look)
+        if look:
+            self.reach = (self.slots if self.prune else max(self.before) + T) + 64 + more    # slots that have to exist
+        return position
 
     def _judge(self, lengths):
         """The first prompt is complete: will keep=r drop any of it?"""
@@ -444,114 +414,118 @@ class SentenceKV:
             self.prompt = torch.tensor(lengths, device=self.lengths.device)      # (B,) what was pruned
             self.dropped = (self.prompt - survive).clamp(min=0)
 
-    def _note(self, tokens, new, ask):
+    def _note(self, tokens, new, look):
         """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
         (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
         position = self.lengths[:, None] + t                                     # (B, T)
         flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
         flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
-        length = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]      # (B,) it is open
-        starts, ended, _ = segment(flags, self.ended, length, self.max_sentence)
-        self.ended.copy_(ended)
+        size = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]
+        starts, ended, self.size = segment(flags, self.ended, size, self.max_sentence)       # (B,) of the open sentence
         real = t < (new[:, None] if T > 1 else 1)                                # (B, T)
         starts &= real & (position >= self.sink)
+        if look:
+            self.text = F.pad(self.text, (0, self.length + T + 64 - self.text.shape[1]), value=-1)
+        self.text.scatter_(1, position, tokens.int())
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
+        self.ended.copy_(ended)
         self.current.copy_(ids[:, -1])
-        # A token starts one sentence at most. So the host asks the device for their number with a prompt, and else only
-        # once in 64 steps, and makes room for as many more: the one sync of a decode step.
-        if ask:
-            self.unasked = 0
+        self.lengths += new
+        self.length, self.slots, self.left = self.length + 1, self.slots + 1, 63 if look else self.left - 1
+        if T > 1:
+            self.length, self.slots = int(self.lengths.max()), int((self.lengths - self.dropped).max())
+        if look:                                                                 # a token starts one sentence at most
             self.pool.wait()                                                     # no fetch uses what is replaced now
             more = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
-            unborn = self.first[:, -1:].expand(-1, more)                         # sentences start after the last token
-            self.first = torch.cat((self.first, unborn), dim=1)
+            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, more)), dim=1)  # the unborn start after the last token
+            self.first = grown(self.first)
             for mem in self.layers:
                 mem.vectors = F.pad(mem.vectors, (0, 0, 0, more))
-        count = torch.zeros_like(self.first).scatter_add_(1, ids + 1, real.long().expand(B, T))
-        self.first += count.cumsum(1)                                            # tokens before each sentence
-        self.lengths += new
-        self.length = int(self.lengths.max()) if T > 1 else self.length + 1
-        self.queries.copy_(torch.where(starts[:, -1], 1, self.queries + 1) if T == 1 else self.queries * 0)
-        self._divide(ask, T == 1)
+                mem.start = None if mem.start is None else grown(mem.start)
+        s = torch.arange(self.first.shape[1], device=ids.device).repeat(B, 1)    # (B, S + 1)
+        self.added = torch.searchsorted(ids.masked_fill(~real, s.shape[1]), s)   # new tokens before each sentence
+        self.first += self.added
+        self.starts = starts[:, -1]                                              # (B,) does the last token start one?
+        self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
+        if look:  # rank so many that they fill the budget whichever they are, as the shortest do, or those of one token
+            size = self.first.diff().sort(1).values                              # (B, S); 0: unborn
+            enough = int(((size.cumsum(1) < self.budget) & (size > 0)).sum(1).max()) + 65
+            self.ranked = min(self.first.shape[1] - 1, self.budget, enough if self.prompt is None else self.budget)
+        self._divide(decode=T == 1)
         return position
 
-    def _divide(self, ask, decode):
+    def _divide(self, decode):
         """Where the tail starts now, and if a token is to be decoded: what is fetched for it, the same in all layers.
 
-        far (B,): number of sentences wholly before the recent window, so also the index of the one that the tail starts
-        with. The places of `work` hold the sink, the tail, the best sentences, and then the tokens since the fetch.
+        far (B, 1): number of sentences wholly before the recent window, so also the index of the one that the tail
+        starts with.
         """
         oldest = (self.lengths - self.recent).clamp(min=0)[:, None]              # (B, 1)
-        far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)          # (B, 1)
-        tail, end = self.first.gather(1, torch.cat((far, far + 1), dim=1)).split(1, dim=1)   # (B, 1) of that sentence
-        self.far, self.tail = far[:, 0], tail[:, 0]
-        if ask:                                                                  # how many to rank until it asks again
-            enough = self.budget if self.prompt is not None else enough_sentences(self.first.diff(), self.budget) + 64
-            self.ranked = min(self.first.shape[1] - 1, self.budget, enough)
+        self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)
+        self.tail = self.first.gather(1, self.far)                               # (B, 1) position
         if not decode:
-            self.plan, self.fetch_next = None, False                             # what was fetched is of no use now
+            self.since = self.refresh                                            # tokens since a fetch: one is due
             return
-        if self.fetch_next:                                                      # with the token before
-            self.plan, self.since = self.next_plan, 0
-        self.fetch_now = self.plan is None or self.since == self.refresh
+        self.fetch_now = self.since == self.refresh
+        self.since = 1 if self.fetch_now else self.since + 1
         if self.fetch_now:
-            self.plan, self.since = self._plan(far, tail, self.lengths[:, None] - 1), 0
-        plan, t = self.plan, tail + torch.arange(self.max_sentence, device=far.device)       # (B, max_sentence)
-        # The tail's first sentence: where its tokens t are, and which of them are there.
-        self.oldest_place = torch.where(t < plan.base, t - plan.tail + self.sink, t - plan.base + self.width)
-        self.oldest_place = self.oldest_place.clamp(max=self.budget - 1).T       # (max_sentence, B)
-        self.oldest_ids = 1 - (t < end).long().T                                 # 0: there, 1: not
-        self.since += 1
-        self.fetch_next = self.lookahead and self.since == self.refresh
-        if self.fetch_next:
-            self.next_plan = self._plan(far, tail, self.lengths[:, None].clone())
+            self.plan = self._plan(self.lengths[:, None] - 1)
 
-    def _plan(self, far, tail, base):
-        """A fetch from the pool's first `base` tokens: near (B,) of them are always taken, from slots slot (B, width);
-        the rest are candidates: (B, S) start and count of each sentence, 0 if it is near. All arguments (B, 1)."""
-        j = torch.arange(self.width, device=far.device)
-        slot = torch.where(j < self.sink, j, tail - self.dropped[:, None] + j - self.sink)
-        near, start = torch.minimum(base, base - tail + self.sink), self._slots()
-        not_far = torch.arange(self.first.shape[1] - 1, device=far.device) >= far            # (B, S)
-        return SimpleNamespace(base=base, tail=tail, slot=slot, near=near[:, 0], is_near=j < near, not_far=not_far,
-                               start=start, count=start.diff().masked_fill(not_far, 0))
+    def _plan(self, base):
+        """A fetch of tokens before position base (B, 1): near (B,) of them are always taken, from slot (B, width); the
+        rest are candidates: (B, S) start and count of each sentence, 0 if it is near."""
+        j = torch.arange(self.width, device=base.device)
+        slot = torch.where(j < self.sink, j, self.tail - self.dropped[:, None] + j - self.sink)
+        near = torch.minimum(base, base - self.tail + self.sink)                 # (B, 1)
+        not_far = torch.arange(self.first.shape[1] - 1, device=base.device) >= self.far      # (B, S)
+        return SimpleNamespace(slot=slot, near=near[:, 0], is_near=j < near, not_far=not_far, start=self.first[:, :-1],
+                               count=self.first.diff().masked_fill(not_far, 0))
 
     def _start(self, B, device):
         """The state before the first token."""
-        self.flags, self.pool, self.text = self.flags.to(device), HostPool(device), HostPool(device)     # text: tokens
+        self.flags, self.pool = self.flags.to(device), HostPool(device)
         self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
-        self.unjudged, self.prompt, self.slots = self.keep is not None, None, 0  # slots: of the row that has most
-        self.more = 0
+        self.unjudged, self.prompt, self.more = self.keep is not None, None, 0
         self._rewind()
 
     def _rewind(self):
         """No token seen yet, as far as sentences are concerned. A decode step changes these in place (CUDA graphs)."""
         zeros, S = torch.zeros_like, self.first.shape[1] if self.layers else 1
-        self.lengths = zeros(self.lengths)
+        self.lengths, self.slots, self.left = zeros(self.lengths), 0, 0          # slots: of the row that has most
         self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
         self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
         self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
-        self.plan, self.since, self.fetch_next = None, 0, False                  # tokens since the last fetch
-        self.unasked = 63                                                        # steps since the host asked; see _note
+        self.text = self.first[:, :0].int()                                      # (B, room) tokens, -1: none
+        self.plan, self.since = None, self.refresh
         self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
     def attend(self, layer, q, k, v):
         """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d)."""
         (B, Hq, T, d), H = q.shape, k.shape[1]
         if layer == len(self.layers):
-            vectors = k.new_zeros(B, H, self.first.shape[1] - 1, self.rank[0] * d)
-            self.new_layer(vectors, query_sum=torch.zeros(B, Hq, d, device=k.device))        # float32
+            self.new_layer(H, Hq, d, k.dtype)
+        if self.layers[layer].start is not None:
+            self.layers[layer].start += self.added
         kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4).contiguous()      # (T, B, H, 2, d) as in the pool
         self._watch(layer, q, kv)
         return self._decode(layer, q, kv) if T == 1 else self._prompt(layer, q, kv)
 
-    def new_layer(self, vectors, query_sum):
-        """What one layer keeps on the device."""
-        nothing = dict.fromkeys(("kept_before", "asked", "fetched", "work", "valid", "ready"))
-        self.layers.append(SimpleNamespace(vectors=vectors, query_sum=query_sum, **nothing))
+    def new_layer(self, H, Hq, d, dtype):
+        """All that one layer keeps on the device. What is fetched has one place for all layers, if it may be."""
+        (B, S), w = self.first[:, 1:].shape, self.rule.width * d
+        zeros = functools.partial(torch.zeros, device=self.first.device)
+        work = self.layers[0].work if self.layers and self.refresh == 1 else zeros(B, H, self.budget, 2, d, dtype=dtype)
+        self.layers.append(SimpleNamespace(
+            vectors=zeros(B, H, S, w, dtype=dtype),
+            open=zeros(B, H, w),                   # float32: what the keys of the open sentence have brought so far
+            query_sum=zeros(B, Hq, d),             # float32
+            work=work, valid=None,                 # valid (B, H, budget): which places are used
+            start=None,                            # (B, S + 1), after keep=r: slot of each sentence's first token
+            asked=None,                            # (B, Hq, window, d), until keep=r has judged: the last queries
+            fetched=None))                         # what select() has taken
 
     def _watch(self, layer, *tensors):
-        """Note the first layer and token where NaN or inf came in; the CPU says so at once, CUDA when the host asks."""
+        """Note the first layer and token where NaN or inf came in; the CPU says so now, CUDA when the host looks."""
         fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
         self.broken.copy_(torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer))
         if not fine.is_cuda:
@@ -563,23 +537,11 @@ class SentenceKV:
         need(token < 0, f"NaN or inf in q, k or v of layer {layer} at or before token {token}: this cache is of no use "
              "from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
 
-    def _slots(self, kept_before=None):
-        """(B, S + 1) slot of each sentence's first token.
-
-        A sentence of a pruned prompt starts after the survivors before it, a later one at its position less all that
-        was dropped: each is the larger number of the two.
-        """
-        start = self.first - self.dropped[:, None]
-        if kept_before is not None:
-            start = torch.maximum(F.pad(kept_before, (0, start.shape[1] - kept_before.shape[1])), start)
-        return start
-
     def _prompt(self, layer, q, kv):
-        """T > 1 tokens: exact attention to everything kept, then sort them into the buffers."""
-        mem, (B, _, T, _), S = self.layers[layer], q.shape, self.first.shape[1] - 1
-        row = torch.arange(B, device=q.device)
-        slot = self.slot + torch.arange(T, device=q.device)[:, None]             # (T, B)
-        new = kv
+        """T > 1 tokens: exact attention to everything kept, then sort them into the pool."""
+        mem, (B, _, T, _) = self.layers[layer], q.shape
+        row, t = torch.arange(B, device=q.device), torch.arange(T, device=q.device)[:, None]
+        new, slot = kv, self.slot + t                                            # (T, B)
         if any(self.before):                                                     # what is kept, then the new
             kv = torch.cat((self.pool.read(layer, max(self.before)), torch.zeros_like(kv)))
             kv[slot, row] = new
@@ -589,125 +551,83 @@ class SentenceKV:
         if self.prune:
             window = self.lengths[:, None] + torch.arange(-self.window, 0, device=q.device)      # (B, window) positions
             alpha = importance(mem.asked, keys, window, self.pool_width)
-            kept = survivors(alpha, self.slots, self.sink, self.tail, self.lengths)      # (B, slots)
-            mem.kept_before, mem.asked = torch.searchsorted(kept, self.first), None      # survivors before sentence s
+            kept = survivors(alpha, self.slots, self.sink, self.tail, self.lengths)              # (B, slots)
+            mem.start, mem.asked = torch.searchsorted(kept, self.first), None    # survivors before each sentence
             new = kv = kv[kept.T, row]                                           # (slots, B, H, 2, d)
             slot = torch.arange(self.slots, device=q.device)[:, None].expand(-1, B)
             self.pool.release(layer)
-        self.pool.reserve(layer, self.slots + 64 if self.prune else self.reach, kv)
+        self.pool.reserve(layer, self.reach, kv)
         self.pool.write(layer, slot, new)
-        if self.more:
-            return out
-        start = self._slots(mem.kept_before)
-        slot = torch.arange(len(kv), device=q.device).expand(B, -1).contiguous()
-        ids = torch.searchsorted(start, slot, right=True)                        # (B, N) sentence + 1; padding: S + 1
-        mem.vectors = self.rank[1](kv[..., 0, :], ids.T, S + 2)[1:-1].permute(1, 2, 0, 3).contiguous()    # (B, H, S, w)
+        if not self.more:
+            self._summarize(mem, kv[..., 0, :])
         return out
 
     def _last_queries(self, q, before):
-        """(B, Hq, window, d) of each row's last tokens, of which some may be `before` those of q (B, Hq, T, d)."""
-        at = (self.new[:, None] + torch.arange(-self.window, 0, device=q.device))[:, None, :, None]
-        at = at.expand(*q.shape[:2], -1, q.shape[3])
-        asked = q.gather(2, at.clamp(min=0))
-        if before is None:
-            return asked
-        return torch.where(at < 0, before.gather(2, (at + self.window).clamp(max=self.window - 1)), asked)
+        """(B, Hq, window, d) of each row's last tokens; if q (B, Hq, T, d) has too few, then `before` those."""
+        new = self.lengths - self.slot                                           # (B,)
+        at = (new + (0 if before is None else self.window))[:, None] + torch.arange(-self.window, 0, device=q.device)
+        q = q if before is None else torch.cat((before, q), dim=2)
+        at = at.clamp(min=0)[:, None, :, None].expand(*q.shape[:2], -1, q.shape[3])          # (B, Hq, window, d)
+        return q.gather(2, at)
+
+    def _summarize(self, mem, k):
+        """The vectors of all sentences, from the keys k (N, B, H, d) of all slots."""
+        start = self.first if mem.start is None else mem.start                   # (B, S + 1)
+        slot = torch.arange(len(k), device=k.device).repeat(len(start), 1)       # (B, N)
+        ids = torch.searchsorted(start, slot, right=True).T                      # sentence + 1; sink: 0, padding: S + 1
+        total = [reduce_keys(self.rule.brings(x.float()), ids, start.shape[1] + 1, self.rule.how) for x in k.unbind(2)]
+        total = torch.stack(total, dim=2)[1:-1]                                  # (S, B, H, w), head by head
+        vectors = self.rule.vector(total, start.diff().clamp(min=1).T[:, :, None, None])     # (S, B, H, w)
+        mem.vectors = vectors.to(k.dtype).permute(1, 2, 0, 3).contiguous()       # (B, H, S, w)
+        mem.open.copy_(total[self.current.clamp(min=0), torch.arange(len(start), device=k.device)])
 
     def _decode(self, layer, q, kv):
         """One token: fetch what it should see, attend to that and to itself. No loop, and with zero copy no sync."""
         (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
-        row = torch.arange(B, device=q.device)
-        if mem.ready is not None:
-            torch.cuda.current_stream(q.device).wait_event(mem.ready)            # it was fetched with the token before
         # The first query of a sentence, or after a prompt, starts the sum anew.
         # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
-        mem.query_sum.masked_fill_(self.queries[:, None, None] == 1, 0).add_(q[:, :, 0])
+        mem.query_sum.masked_fill_((self.queries == 1)[:, None, None], 0).add_(q[:, :, 0])
         q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
-        if mem.work is None:                                                     # one for all layers, if it may be
-            shared = self.work if self.refresh == 1 and not self.lookahead else None
-            mem.work = self.work = kv.new_zeros(self.budget, B, H, 2, d) if shared is None else shared
         self.pool.reserve(layer, self.reach, kv)
         if self.fetch_now:
             self._fetch(layer, q, self.plan)
         self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
         place = self.width + self.since - 1
-        mem.work[place] = kv[0]
-        keys, values = mem.work[:place + 1].permute(3, 1, 2, 0, 4)               # (B, H, n, d) each
-        mask = F.pad(mem.valid, (0, self.since), value=True)[:, :, None]         # (B, H, 1, n)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(B, Hq, 1, d)          # Eq. 3
+        mem.work[:, :, place], mem.valid[:, :, place] = kv[0], True
+        keys, values = mem.work.unbind(3)                                        # (B, H, budget, d) each, views
+        out = F.scaled_dot_product_attention(q, keys, values, mem.valid[:, :, None])         # Eq. 3, (B, H, G, d)
 
-        # The tail's first sentence gets its vector now, before it leaves.
-        oldest = mem.work[self.oldest_place, row][..., 0, :]                     # (max_sentence, B, H, d)
-        mem.vectors[row, :, self.far] = self.rank[1](oldest, self.oldest_ids, 2)[0]              # (B, H, w)
-        if self.fetch_next:
-            with self.pool.aside(q):
-                self._fetch(layer, q, self.next_plan)
-                mem.ready = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
-        return out
+        # What the new key brings joins the open sentence.
+        new, row = self.rule.brings(kv[0, :, :, 0].float()), torch.arange(B, device=q.device)
+        mem.open.copy_(torch.where(self.starts[:, None, None], new, self.rule.join(mem.open, new)))          # (B, H, w)
+        vector = self.rule.vector(mem.open, self.size[:, None, None]).to(kv.dtype)
+        mem.vectors[row, :, self.current.clamp(min=0)] = vector
+        return out.reshape(B, Hq, 1, d)
 
     def _fetch(self, layer, q, plan):
         """Rank the sentences for q (B, H, G, d), and fill the layer's places with what is near and with the best."""
-        mem, (B, H, _, _) = self.layers[layer], q.shape
-        query = self.rank[2](q, mem.query_sum.view(q.shape), self.queries)       # (B, H, w)
-        scores = (query[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
+        mem = self.layers[layer]
+        query = self.rule.query(q, mem.query_sum.view(q.shape), self.queries[:, None, None, None]).mean(2)
+        scores = (query.to(q.dtype)[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
         start, count = plan.start, plan.count
-        if mem.kept_before is not None:                                          # in every layer, others have survived
-            start = self._slots(mem.kept_before)
-            count = start.diff().masked_fill(plan.not_far, 0)
-        slot, valid, *mem.fetched = select(scores, start[:, :-1], count, plan.near, self.width, self.ranked)
-        slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))  # unused: any slot
-        self.pool.fetch(layer, slot.permute(2, 0, 1), mem.work[:self.width])
-        mem.valid = valid
+        if mem.start is not None:                                                # in every layer, others have survived
+            start, count = mem.start[:, :-1], mem.start.diff().masked_fill(plan.not_far, 0)
+        slot, valid, *mem.fetched = select(scores, start, count, plan.near, self.width, self.ranked)
+        slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))
+        self.pool.fetch(layer, F.pad(slot, (0, self.refresh)), mem.work)         # places not used: any slot
+        mem.valid = F.pad(valid, (0, self.refresh))
 
-    def steady(self):
-        """Will the next decode step launch what this one did? Then a CUDA graph may do it: advance() and a replay."""
-        need(self.refresh == 1 and not self.lookahead, "a CUDA graph needs refresh=1 and lookahead=False")
-        return self.plan is not None and self.unasked < 63 and self.pool.in_place and self.text.in_place
-
-    def advance(self):
-        """The host's part of a decode step."""
-        self.length, self.slots, self.unasked = self.length + 1, self.slots + 1, self.unasked + 1
-
-    def join(self):
-        """What comes next on the device comes after all that runs beside it."""
-        self.pool.wait()
-        self.text.wait()
-
-    def truncate(self, lengths):
-        """Forget all but the first `lengths` tokens (one number, or one per row): as if those had been one prompt.
-
-        The mean query starts anew. ValueError for none, for more than there are, or for a part of a pruned prompt.
-        """
-        self.whole("truncate()")
-        have = self.lengths.tolist()
-        wanted = [lengths] * len(have) if type(lengths) is int else list(lengths)
-        least = [1] * len(have) if self.prompt is None else self.prompt.tolist()
-        need(len(wanted) == len(have) and all(type(n) is int and a <= n <= b for a, n, b in zip(least, wanted, have)),
-             f"truncate() takes lengths from {least} (what keep=r has pruned is gone) to {have}, got {lengths}")
-        lengths = self.lengths = torch.tensor(wanted, device=self.lengths.device)
-        self.length = max(wanted)
-        self.text, self.pool = self.text.cut(lengths), self.pool.cut(lengths - self.dropped)
-        self._replay(self.tokens(), lengths)
-
-    def whole(self, what):
-        """ValueError while a prompt is read in pieces: `what` needs all of it."""
-        need(self.length and not self.more, f"{what} needs a cache that has read a whole prompt")
-
-    def _replay(self, tokens, lengths):
-        """The state after these tokens (B, T), whose keys and values are in the pool."""
-        self._rewind()
-        self._note(F.pad(tokens, (0, 1), value=-1), lengths, ask=True)           # one at least is padding: a prompt
-        self.slots = int((self.lengths - self.dropped).max())
-
-    def tokens(self):
-        """All tokens (B, length) that went in, -1 after the end of a shorter row."""
-        tokens = self.text.read(0, self.length).view(self.length, -1).T
-        return tokens.masked_fill(torch.arange(self.length, device=tokens.device) >= self.lengths[:, None], -1)
+    # What a cache can do beside this is in experiments/living.py: go on from here twice, forget, be saved and loaded.
 
     def fork(self):
         """A second cache that goes on from here by itself; it shares the host pool, what is on the device is copied."""
         from experiments.living import fork
         return fork(self)
+
+    def truncate(self, lengths):
+        """Forget all but the first `lengths` tokens, one number or one per row: as if those had been one prompt."""
+        from experiments.living import truncate
+        truncate(self, lengths)
 
     def save(self, path):
         """Write all of it to one file; a kill at any moment leaves the file as it was, or the new one."""
@@ -719,6 +639,10 @@ class SentenceKV:
         """The cache that was saved, for the same model; its pool stays in the file until it is used (memory-mapped)."""
         from experiments.living import load
         return load(cls, path, model)
+
+    def tokens(self):
+        """All tokens (B, length) that went in, -1 after the end of a shorter row."""
+        return self.text[:, :self.length].long()
 
     def fetched(self):
         """What the last decode step fetched: sentence and taken, (layers, B, H, k) each, the best sentence first.
@@ -732,11 +656,11 @@ class SentenceKV:
 
     def memory(self):
         """Bytes of all buffers that exist: {"device": ..., "host": ...}; a fork counts what it shares as well."""
-        size = lambda *tensors: sum(t.nbytes for t in tensors if t is not None)
-        layers = [size(mem.vectors, mem.query_sum, mem.kept_before, mem.asked) for mem in self.layers]
-        works = {id(mem.work): mem.work for mem in self.layers}                  # one for all, or one each
-        pools = [size(pool.staging, *pool.kv.values()) for pool in (self.pool, self.text) if pool]
-        return {"device": size(self.flags, self.first, *works.values()) + sum(layers), "host": sum(pools)}
+        tensors = lambda mem: [x for x in vars(mem).values() if isinstance(x, torch.Tensor)]
+        device = {id(x): x.nbytes for mem in self.layers for x in tensors(mem)}  # work may be one for all layers
+        shared = [self.flags] + ([self.first, self.text] if self.pool else [])
+        return {"device": sum(x.nbytes for x in shared) + sum(device.values()),
+                "host": sum(x.nbytes for x in self.pool.kv.values()) if self.pool else 0}
 
 def main():
     from experiments.ask import main  # the command line lives beside the method; see --help

@@ -42,10 +42,12 @@ import tokenizer as T
 from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, living, measure, parts, quality,
                          recording, rules, speed, svg)
 from experiments.corpus import VALUE
+from experiments.graph import GraphedStep
+from experiments.lookahead import Lookahead
 from experiments.merges import check_merges
 from experiments.recording import start
 from experiments.shapes import SHAPES, random_llama
-from model import LLAMA3_ROPE, Config, DenseKV, GraphedStep, Llama, available_memory, rope_frequencies, rotate, sample
+from model import LLAMA3_ROPE, Config, DenseKV, Llama, available_memory, rope_frequencies, rotate, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
 from train_tiny import TrainingCache, batch, needle, story
@@ -127,9 +129,10 @@ def fetched_tokens(cache):
 class Feed:
     """A cache with random q, k, v going through it; `rows` remembers all keys and values as the oracle sees them."""
 
-    def __init__(self, seed, B=1, Hq=4, H=2, d=8, layers=1, dtype=torch.float64, words=None, device="cpu", **setting):
+    def __init__(self, seed, B=1, Hq=4, H=2, d=8, layers=1, dtype=torch.float64, words=None, device="cpu",
+                 lookahead=False, **setting):
         self.rng = torch.Generator().manual_seed(seed)
-        self.cache = SentenceKV(TOY_FLAGS, **setting)
+        self.cache = (Lookahead if lookahead else SentenceKV)(TOY_FLAGS, **setting)
         self.B, self.Hq, self.H, self.d, self.layers, self.dtype, self.device = B, Hq, H, d, layers, dtype, device
         c = self.cache
         self.plain = Plain(B, Hq, H, d, c.sink, c.recent, c.max_sentence)
@@ -494,7 +497,7 @@ def test_keep_r_keeps_exactly_the_most_attended_tokens(seed, heads, B, r, pool, 
 def test_a_prompt_that_keep_covers_loses_nothing():
     feed = Feed(1, budget=40, keep=2, window=4, recent=5)
     feed.push(80)
-    assert int(feed.cache.dropped) == 0 and len(feed.cache.layers) == 1 and feed.cache.layers[0].kept_before is None
+    assert int(feed.cache.dropped) == 0 and len(feed.cache.layers) == 1 and feed.cache.layers[0].start is None
 
 
 # ------------------------------------------------------------------------------------------- 6. pieces and batches
@@ -534,7 +537,7 @@ def test_a_row_of_a_batch_equals_the_same_prompt_alone(seed, heads, T, keep):
 
 
 def vector_bytes(cache):
-    return sum(s.vectors.nbytes for s in cache.layers) + cache.first.nbytes
+    return sum(s.vectors.nbytes for s in cache.layers) + cache.first.nbytes + cache.text.nbytes
 
 
 def resident():
@@ -614,9 +617,10 @@ def test_memory_is_the_sum_of_all_tensors_that_the_cache_holds():
         elif hasattr(x, "__dict__"):
             walk(list(vars(x).values()))
     walk(feed.cache)
-    device = [feed.cache.flags, feed.cache.first, feed.cache.work]
-    device += [t for mem in feed.cache.layers for t in (mem.vectors, mem.query_sum, mem.kept_before)]
-    host = [*feed.cache.pool.kv.values(), *feed.cache.text.kv.values()]
+    device = [feed.cache.flags, feed.cache.first, feed.cache.text, feed.cache.layers[0].work]
+    device += [t for mem in feed.cache.layers for t in (mem.vectors, mem.open, mem.query_sum, mem.start)]
+    device += [mem.valid for mem in feed.cache.layers]
+    host = [*feed.cache.pool.kv.values()]
     assert feed.cache.memory() == {"device": sum(t.nbytes for t in device), "host": sum(t.nbytes for t in host)}
     total = sum(feed.cache.memory().values())
     assert total <= sum(found.values()) <= total + 40_000             # masks and indices of the last step
@@ -700,7 +704,6 @@ def test_flags_come_from_the_tokenizers_own_bytes_even_broken_ones():
     (dict(pool=4), "pool must be odd, got 4"),
     (dict(rank="best"), "rank must be one of mean, bounds, spread, got 'best'"),
     (dict(refresh=0), "refresh must be a whole number of at least 1, got 0"),
-    (dict(lookahead=1), "lookahead must be True or False, got 1"),
     (dict(budget=48, sink=4, recent=32, refresh=13), r"budget 48 must exceed sink \+ recent \+ refresh - 1 = 48"),
     (dict(max_sentence=0), "max_sentence must be a whole number of at least 1, got 0"),
     (dict(budget=64, sink=4, recent=32, max_sentence=29), r"max_sentence 29 must fit into .* = 28$"),
@@ -765,19 +768,20 @@ def test_staged_and_in_place_fetches_are_equal_to_the_bit(seed, heads, B, words,
             patch.setattr(sentencekv, "HostPool", pool)
             feed = Feed(seed, B, *heads, layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank)
             outs.append([feed.push(length) for length in (T, 1, 1, 1, 4, 1)])
-            assert (feed.cache.pool.staging is not None) == (pool is Staged)
+            assert feed.cache.pool.in_place == (pool is not Staged)
     assert all(map(torch.equal, *outs))
 
 
-def test_the_staging_buffer_grows_with_what_is_fetched():
-    pool, kv = Staged(torch.device("cpu")), torch.randn(20, 2, 2, 2, 4)
+@pytest.mark.parametrize("pool", [sentencekv.HostPool, Staged])
+def test_a_fetch_brings_what_is_in_the_slots(pool):
+    pool, kv = pool(torch.device("cpu")), torch.randn(20, 2, 3, 2, 4)
     pool.reserve(0, 20, kv)
     pool.write(0, torch.arange(20)[:, None].expand(20, 2), kv)
     for n in (3, 9, 5):
-        out, slot = torch.empty(n, 2, 2, 2, 4), torch.randint(20, (n, 2, 2))
+        out, slot = torch.empty(2, 3, n, 2, 4), torch.randint(20, (2, 3, n))
         pool.fetch(0, slot, out)
-        for i, b, h in itertools.product(range(n), range(2), range(2)):
-            assert torch.equal(out[i, b, h], kv[slot[i, b, h], b, h])
+        for b, h, i in itertools.product(range(2), range(3), range(n)):
+            assert torch.equal(out[b, h, i], kv[slot[b, h, i], b, h])
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: streams, pinned memory and zero "
@@ -845,12 +849,11 @@ def test_a_cuda_graph_gives_the_same_tokens(tiny, setting):
 
 
 def test_a_cuda_graph_is_refused_where_there_is_none():
-    for cache in (DenseKV(), SentenceKV(TOY_FLAGS, budget=64)):
-        with pytest.raises(ValueError, match="cuda_graph needs a CUDA device and a cache that keeps its state"):
-            next(toy_model().generate(torch.ones(1, 5, dtype=torch.long), cache, cuda_graph=True))
-    for setting in (dict(refresh=2), dict(lookahead=True)):
-        with pytest.raises(ValueError, match="a CUDA graph needs refresh=1 and lookahead=False"):
-            SentenceKV(TOY_FLAGS, budget=64, **setting).steady()
+    with pytest.raises(ValueError, match="cuda_graph needs a CUDA device"):
+        next(toy_model().generate(torch.ones(1, 5, dtype=torch.long), SentenceKV(TOY_FLAGS, budget=64), cuda_graph=True))
+    for cache in (DenseKV(), SentenceKV(TOY_FLAGS, budget=64, refresh=2), Lookahead(TOY_FLAGS, budget=64)):
+        with pytest.raises(ValueError, match="a CUDA graph needs a SentenceKV with refresh=1"):
+            GraphedStep(toy_model(), cache)
 
 
 def test_a_graph_is_captured_once_and_replayed_until_the_host_has_to_ask(monkeypatch):
@@ -905,9 +908,10 @@ def test_the_pool_has_room_for_64_tokens_after_whatever_came_before(tmp_path, ho
         cache = cache.fork() if how == "fork" else SentenceKV.load(path, model)
     one = torch.ones(2, 1, dtype=torch.long)
     model(one, cache)
-    places = lambda: [t.data_ptr() for pool in (cache.pool, cache.text) for t in pool.kv.values()]
+    places = lambda: [t.data_ptr() for t in (cache.text, *cache.pool.kv.values())]
     before, steps = places(), 0
-    while cache.steady():
+    step = GraphedStep(model, cache)
+    while step.steady():
         model(one, cache)
         steps += 1
         assert places() == before
@@ -928,9 +932,9 @@ def test_state_that_a_graph_reads_and_writes_stays_where_it_is():
     c = feed.cache
 
     def state():
-        layers = [x for mem in c.layers for x in (mem.vectors, mem.query_sum)]
-        pools = [*c.pool.kv.values(), *c.text.kv.values()]
-        state = (c.lengths, c.current, c.ended, c.queries, c.broken, c.first, c.work)
+        layers = [x for mem in c.layers for x in (mem.vectors, mem.open, mem.query_sum, mem.work)]
+        pools = [*c.pool.kv.values(), c.text]
+        state = (c.lengths, c.current, c.ended, c.queries, c.broken, c.first)
         return [t.data_ptr() for t in (*state, *layers, *pools)]
     before = state()
     for _ in range(62):
@@ -996,8 +1000,9 @@ class Living(RuleBasedStateMachine):
         self.rng, self.model, self.covers = random.Random(seed), toy_model(seed), covers
         self.setting = dict(budget=600 if covers else 24, sink=2, recent=5, rank=rank, max_sentence=9)
         if covers:                                                    # then no setting changes what is computed
-            self.setting |= dict(refresh=self.rng.randint(1, 4), lookahead=self.rng.random() < 0.5)
-        cache, dense, rows = SentenceKV(TOY_FLAGS, **self.setting), Masked(), [[] for _ in range(B)]
+            self.setting |= dict(refresh=self.rng.randint(1, 4))
+        self.kind = Lookahead if covers and self.rng.random() < 0.5 else SentenceKV
+        cache, dense, rows = self.kind(TOY_FLAGS, **self.setting), Masked(), [[] for _ in range(B)]
         self.branches, self.folder = [(cache, dense, rows)], tempfile.TemporaryDirectory()
         self.ask(0, n + 1, chunk)
 
@@ -1058,7 +1063,7 @@ class Living(RuleBasedStateMachine):
         i = which % len(self.branches)
         path = Path(self.folder.name) / f"{i}.cache"
         self.branches[i][0].save(path)
-        self.branches[i] = (SentenceKV.load(path, self.model), *self.branches[i][1:])
+        self.branches[i] = (self.kind.load(path, self.model), *self.branches[i][1:])
 
     def teardown(self):
         self.branches.clear()
@@ -1120,7 +1125,7 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
     assert len(parts.cache.pool.kv[0]) <= (parts.cache.slots + 64) * 1.2 + (0 if keep else 64)      # memory given back
     for mine, other in zip(parts.cache.layers, whole.cache.layers):
         assert torch.equal(mine.vectors, other.vectors) and mine.asked is None
-        assert keep is None or mine.kept_before is None or torch.equal(mine.kept_before, other.kept_before)
+        assert keep is None or mine.start is None or torch.equal(mine.start, other.start)
     for _ in range(3):
         step = whole.push(1)
         assert_close(parts.push(1, torch.tensor(whole.plain.tokens)[:, -1:], whole.q, whole.k[..., -1:, :],
@@ -1130,11 +1135,11 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
 
 def test_the_vectors_of_a_prompt_in_pieces_are_made_once():
     feed, made = Feed(0, layers=2, budget=64), []
-    width, vectors_of, query_of = feed.cache.rank
-    feed.cache.rank = width, lambda *a: made.append(len(a[0])) or vectors_of(*a), query_of
+    feed.cache.rule, rule = copy.copy(feed.cache.rule), feed.cache.rule
+    feed.cache.rule.brings = lambda k: made.append(len(k)) or rule.brings(k)
     for n, more in ((30, 25), (20, 5), (5, 0)):
         feed.push(n, more=more)
-    assert made == [55, 55]                                           # once a layer, of all keys
+    assert made == [55] * 4                                           # once a layer and head, of all keys
 
 
 def test_a_prompt_that_goes_on_cannot_be_forked_cut_saved_or_pruned_by_one_token():
@@ -1284,7 +1289,7 @@ def test_a_hundred_forks_share_one_pool():
     for fork in forks:
         model.prefill(torch.tensor([toy_text(rng, 5)]), fork)
         assert fork.pool.base is base                                 # no chain of branches, however many there are
-        own = sum(t.nbytes for pool in (fork.pool, fork.text) for t in pool.own.kv.values())
+        own = sum(t.nbytes for t in fork.pool.own.kv.values())
         assert own < before / 20 and fork.memory()["host"] == before + own
     assert cache.length == 3000 and all(fork.length == 3005 for fork in forks)
 
@@ -1429,11 +1434,11 @@ LIES = {
     "vectors fewer": tensor("layer.0.vectors", lambda t: t[:, :, :-1]),
     "vectors wider": tensor("layer.0.vectors", lambda t: torch.cat((t, t), dim=-1)),
     "query_sum of another type": tensor("layer.0.query_sum", lambda t: t.double()),
-    "kept_before negative": tensor("layer.0.kept_before", lambda t: t - 10),
-    "kept_before too large": tensor("layer.0.kept_before", lambda t: t + 1000),
-    "kept_before falls": tensor("layer.0.kept_before", lambda t: t.flip(1)),
-    "kept_before wide": tensor("layer.0.kept_before", lambda t: torch.cat((t, t[:, -1:].expand(-1, 99)), dim=1)),
-    "kept_before missing": tensor("layer.1.kept_before", lambda t: None),
+    "start negative": tensor("layer.0.start", lambda t: t - 10),
+    "start too large": tensor("layer.0.start", lambda t: t + 1000),
+    "start falls": tensor("layer.0.start", lambda t: t.flip(1)),
+    "start wide": tensor("layer.0.start", lambda t: torch.cat((t, t[:, -1:].expand(-1, 99)), dim=1)),
+    "start missing": tensor("layer.1.start", lambda t: None),
     "a tensor too many": lambda m, t: t.update({"layer.2.kv": t["layer.1.kv"]}),
     "no checksum": tensor("sha256", lambda t: None),
 }
@@ -1558,9 +1563,9 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is_with_one_warning(monkeypa
     assert len(caught) == 1 and not pool.pinned and not pool.in_place
     kv, slot = torch.randn(5, 1, 2, 2, 4), torch.arange(5)[:, None]
     pool.write(0, slot, kv)
-    out = torch.empty(5, 1, 2, 2, 4)
-    pool.fetch(0, slot[:, :, None].expand(5, 1, 2), out)              # by way of the staging buffer
-    assert torch.equal(out, kv) and pool.staging is not None
+    out = torch.empty(1, 2, 5, 2, 4)
+    pool.fetch(0, slot.T[:, None].expand(1, 2, 5), out)               # by way of a staging buffer
+    assert torch.equal(out.permute(2, 0, 1, 3, 4), kv)
 
 
 def test_too_little_host_memory_is_told_before_the_prompt_is_read(monkeypatch):
@@ -3077,7 +3082,7 @@ def test_what_was_evicted_never_comes_back_and_a_follow_up_does_not_see_it(name)
 
 def test_sentencekv_competes_with_the_papers_settings_at_the_common_windows():
     made = {name: new(100) for name, new in baselines.methods(TOY_FLAGS).items() if name.startswith("SentenceKV")}
-    tell = lambda c: (c.rank, c.keep, c.pool_width, c.window, c.sink, c.recent, c.budget)
+    tell = lambda c: (c.rule, c.keep, c.pool_width, c.window, c.sink, c.recent, c.budget)
     same, R = (32, 4, 32, 100), sentencekv.RANKS
     assert {name: tell(cache) for name, cache in made.items()} == {
         "SentenceKV": (R["spread"], None, 1, *same), "SentenceKV, bounds": (R["bounds"], None, 1, *same),
@@ -3760,15 +3765,15 @@ def test_layers_share_the_host_memory_that_there_is():
 
 
 def test_parts_tell_where_the_time_and_the_bytes_go_and_leave_nothing_behind():
-    before = sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"][1], SentenceKV.begin
+    before = sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"].vector, SentenceKV.begin
     k = torch.randn(1, 2, 500, 16)
     cache, token = measure.filled(k, k, 4, budget=64), torch.zeros(1, 1, dtype=torch.long)
     step = lambda: (cache.begin(token), cache.attend(0, torch.randn(1, 8, 1, 16), k[:, :, :1], k[:, :, :1]))
     ms, moved = parts.parts_of(step, 1, "cpu", 5)
     assert {"ranking: product", "ranking: pick", "fetch", "attention", "store", "rest", "in all"} <= ms.keys()
     assert min(ms.values()) >= 0 and abs(sum(ms.values()) - 2 * ms["in all"]) < 1e-6
-    assert moved == 64 * 2 * 2 * 16 * 4                                          # 63 are fetched, 1 is stored
-    assert before == (sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"][1], SentenceKV.begin)
+    assert moved == 65 * 2 * 2 * 16 * 4                                          # 64 places are fetched, 1 is stored
+    assert before == (sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"].vector, SentenceKV.begin)
 
 
 class NoStream:

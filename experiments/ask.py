@@ -79,8 +79,7 @@ class Watched(SentenceKV):
     def note(self, q, mem):
         """q (Hq, d), and what a layer has fetched for it."""
         near, (sentence, taken) = int(self.plan.near[0]), (t[0] for t in mem.fetched)       # (H, k) each
-        seen = F.pad(mem.valid[0], (0, self.since), value=True)                  # (H, n)
-        keys = mem.work[:seen.shape[1], 0, :, 0].transpose(0, 1)                 # (H, n, d): near, fetched, newest
+        seen, keys = mem.valid[0], mem.work[0, :, :, 0]                          # (H, n), (H, n, d): near, fetched, newest
         H, n, d = keys.shape
         logits = (q.view(H, -1, d) @ keys.transpose(1, 2)).float() * d ** -0.5   # (H, G, n)
         weight = logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1).mean(1)[:, near:]         # (H, n - near)

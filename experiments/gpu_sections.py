@@ -132,7 +132,7 @@ def no_sync():
     model = random_llama("llama-3.2-1b", "cuda", torch.bfloat16, num_hidden_layers=2)
     V = model.config.vocab_size
     for settings in measure.options(256).values():
-        cache = SentenceKV(made_up_flags(V), **settings)
+        cache = measure.new_cache(made_up_flags(V), **settings)
         model.prefill(made_up_tokens(1500, vocabulary=V).cuda(), cache)
         if not cache.pool.in_place:
             return print("  left out: the sync test, since staged fetches have to wait", flush=True)

@@ -11,8 +11,9 @@ The file has safetensors' layout, so any reader of that format can look into it:
     prompt (B,)                  only after keep=r has pruned: the length of the pruned prompt
     layer.<l>.kv                 (slots, B, H, 2, d), the host pool
     layer.<l>.vectors            (B, H, S, w)
+    layer.<l>.open               (B, H, w), what the open sentence's vector is made of
     layer.<l>.query_sum          (B, Hq, d)
-    layer.<l>.kept_before        (B, S' + 1), only after keep=r has pruned
+    layer.<l>.start              (B, S + 1), only after keep=r has pruned
     sha256 (32,)                 of all bytes of the file before it, and always the last
 
 The header's metadata has the format's name, the settings, and a fingerprint of the model. Nothing in a file is
@@ -26,10 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
 from model import SAFETENSORS, blame, demand, parse_json, read_safetensors
-from sentencekv import HostPool
+from sentencekv import HostPool, reduce_keys
 
 # ------------------------------------------------------------------------------------------------------- branches
 
@@ -45,10 +45,6 @@ class Branch:
         return {**{("base", l): t for l, t in self.base.kv.items()}, **self.own.kv}
 
     @property
-    def staging(self):
-        return self.own.staging
-
-    @property
     def in_place(self):
         return self.own.in_place and self.base.in_place
 
@@ -59,7 +55,7 @@ class Branch:
         self.own.write(layer, slot - self.start, kv)
 
     def fetch(self, layer, slot, out):
-        here = slot - self.start[:, None]                                        # (n, B, H)
+        here = slot - self.start[:, None, None]                                  # (B, H, n)
         self.base.fetch(layer, torch.where(here < 0, slot, 0), out)
         if layer in self.own.kv:
             own = torch.empty_like(out)
@@ -70,10 +66,10 @@ class Branch:
         first = self.base
         while isinstance(first, Branch):
             first = first.base
-        like = first.kv[layer]                                                   # (C, B, H, 2, d)
-        out = torch.empty(n, *like.shape[1:], dtype=like.dtype, device=self.device)
-        self.fetch(layer, torch.arange(n, device=self.device)[:, None, None].expand(n, *like.shape[1:3]), out)
-        return out
+        (B, H, *more), dtype = first.kv[layer].shape[1:], first.kv[layer].dtype
+        out = torch.empty(B, H, n, *more, dtype=dtype, device=self.device)
+        self.fetch(layer, torch.arange(n, device=self.device).expand(B, H, n), out)
+        return out.permute(2, 0, 1, 3, 4)                                        # (n, B, H, 2, d)
 
     def wait(self):
         self.own.wait()
@@ -81,32 +77,85 @@ class Branch:
     def aside(self, *tensors):
         return self.own.aside(*tensors)
 
-    def cut(self, slots):
-        if bool((self.start >= slots).all()):                                    # nothing of our own is left
-            return Branch(self.base, slots)
-        return self if bool((self.start <= slots).all()) else Branch(self, slots)
+def cut(pool, slots):
+    """The pool to go on with when what is in slots (B,) and after is forgotten."""
+    if not isinstance(pool, Branch):
+        return pool
+    if bool((pool.start >= slots).all()):                                        # nothing of its own is left
+        return Branch(pool.base, slots)
+    return pool if bool((pool.start <= slots).all()) else Branch(pool, slots)
+
+def whole(cache, what):
+    """ValueError while a prompt is read in pieces: `what` needs all of it."""
+    demand(cache.length and not cache.more, f"{what} needs a cache that has read a whole prompt")
+
+def copied(x):
+    return x.clone() if isinstance(x, torch.Tensor) else x
 
 def fork(cache):
     """See SentenceKV.fork."""
-    cache.whole("fork()")
+    whole(cache, "fork()")
     twin = copy.copy(cache)
-    vars(twin).update({name: x.clone() for name, x in vars(cache).items() if isinstance(x, torch.Tensor)})
-    for name, at in (("pool", cache.lengths - cache.dropped), ("text", cache.lengths.clone())):
-        pool = getattr(cache, name)
-        unused = isinstance(pool, Branch) and torch.equal(pool.start, at)        # nothing was written since
-        base = pool.base if unused else pool
-        setattr(cache, name, Branch(base, at))
-        setattr(twin, name, Branch(base, at))
-    own = lambda mem: {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(mem).items()}
-    twin.layers = [SimpleNamespace(**{**own(mem), "work": None}) for mem in cache.layers]
-    twin.plan, twin.work, twin.fetch_next = None, None, False                    # it fetches anew
+    vars(twin).update({name: copied(x) for name, x in vars(cache).items()})
+    at, base = cache.lengths - cache.dropped, cache.pool                         # (B,) slots in use
+    if isinstance(base, Branch) and torch.equal(base.start, at):                 # nothing was written since
+        base = base.base
+    cache.pool, twin.pool = Branch(base, at), Branch(base, at)
+    cache.reach = twin.reach = cache.slots + 64                                  # they have no room of their own yet
+    twin.layers, twin.plan, twin.since = [], None, twin.refresh                  # it fetches anew
+    for mem in cache.layers:
+        add_copy(twin, mem)
     return twin
+
+def add_copy(cache, mem):
+    """One more layer for the cache, with a copy of what `mem`, a layer, keeps; but with places of its own."""
+    cache.new_layer(mem.vectors.shape[1], mem.query_sum.shape[1], mem.work.shape[-1], mem.work.dtype)
+    vars(cache.layers[-1]).update({name: copied(x) for name, x in vars(mem).items() if name != "work"})
+
+def truncate(cache, lengths):
+    """See SentenceKV.truncate. The mean query starts anew. ValueError for no token, for more than there are, or for a
+    part of a pruned prompt."""
+    whole(cache, "truncate()")
+    have = cache.lengths.tolist()
+    wanted = [lengths] * len(have) if type(lengths) is int else list(lengths)
+    least = [1] * len(have) if cache.prompt is None else cache.prompt.tolist()
+    demand(len(wanted) == len(have) and all(type(n) is int and a <= n <= b for a, n, b in zip(least, wanted, have)),
+           f"truncate() takes lengths from {least} (what keep=r has pruned is gone) to {have}, got {lengths}")
+    lengths = torch.tensor(wanted, device=cache.lengths.device)
+    gone = torch.arange(max(wanted), device=lengths.device) >= lengths[:, None]
+    cache.pool = cut(cache.pool, lengths - cache.dropped)
+    for mem in cache.layers:
+        mem.start = None if mem.start is None else mem.start.minimum((lengths - cache.dropped)[:, None])
+    replay(cache, cache.tokens()[:, :max(wanted)].masked_fill(gone, -1))
+    for layer in range(len(cache.layers)):
+        reopen(cache, layer)
+
+def replay(cache, tokens):
+    """The state after these tokens (B, T), whose keys and values are in the pool."""
+    cache._rewind()
+    cache.length = 1                                                             # it has begun already
+    cache.begin(torch.nn.functional.pad(tokens, (0, 1), value=-1))               # two at least: a prompt
+
+def reopen(cache, layer):
+    """Make the vector of the open sentences anew, of the keys that they still have."""
+    mem, current = cache.layers[layer], cache.current.clamp(min=0)               # (B,)
+    B, H, _, _, d = mem.work.shape
+    first = cache.first.gather(1, current[:, None])                              # (B, 1) position
+    t = first + torch.arange(cache.max_sentence, device=first.device)            # (B, n)
+    slot = (torch.minimum(t, cache.lengths[:, None] - 1) - cache.dropped[:, None])[:, None].expand(B, H, t.shape[1])
+    kv = torch.empty(*slot.shape, 2, d, dtype=mem.work.dtype, device=first.device)
+    cache.pool.fetch(layer, slot.contiguous(), kv)
+    brought = cache.rule.brings(kv[..., 0, :].permute(2, 0, 1, 3).float())       # (n, B, H, w)
+    ended = (t >= cache.lengths[:, None]).long().T                               # (n, B) 0: in the sentence
+    mem.open = reduce_keys(brought.flatten(2), ended, 2, cache.rule.how)[0].view_as(mem.open)
+    size = (cache.lengths - first[:, 0]).clamp(min=1)[:, None, None]
+    mem.vectors[torch.arange(B, device=first.device), :, current] = cache.rule.vector(mem.open, size).to(kv.dtype)
 
 # -------------------------------------------------------------------------------------------------------- the file
 
-FORMAT = "sentencekv cache 1"
+FORMAT = "sentencekv cache 2"
 DTYPES = {"I64": torch.int64, "F64": torch.float64, **SAFETENSORS, "U8": torch.uint8}       # widest first: aligned
-TENSORS = ("kv", "vectors", "query_sum", "kept_before")
+TENSORS = ("kv", "vectors", "open", "query_sum", "start")
 
 def fingerprint(model):
     """sha256 (hex) of all parameters' names, shapes, types and of sums of their bits: every weight counts."""
@@ -124,13 +173,14 @@ def tensors_of(cache):
     if cache.prompt is not None:
         tensors["prompt"] = cache.prompt
     for l, mem in enumerate(cache.layers):
-        parts = cache.pool.read(l, cache.slots), mem.vectors[:, :, :S], mem.query_sum, mem.kept_before
+        parts = (cache.pool.read(l, cache.slots), mem.vectors[:, :, :S], mem.open, mem.query_sum,
+                 None if mem.start is None else mem.start[:, :S + 1])
         tensors |= {f"layer.{l}.{name}": t.cpu() for name, t in zip(TENSORS, parts) if t is not None}
     return {name: t.cpu() for name, t in tensors.items()}
 
 def save(cache, path):
     """See SentenceKV.save. ValueError if there is nothing to save."""
-    cache.whole("save()")
+    whole(cache, "save()")
     demand(hasattr(cache, "model"), "save() needs to know the model: set cache.model to it")
     path, names = Path(path), {dtype: name for name, dtype in DTYPES.items()}
     tensors = tensors_of(cache)
@@ -200,15 +250,13 @@ def assemble(cls, tensors, settings, model):
         demand(survive and bool((cache.prompt <= lengths).all()) and int(cache.prompt.min()) >= cache.window
                and int(cache.prompt.max()) > survive, "prompt does not fit the settings")
         cache.dropped = (cache.prompt - survive).clamp(min=0)
-    cache._replay(tokens, lengths)
-    cache.text.reserve(0, N, tokens.T.reshape(N, B, 1, 1, 1))
-    cache.text.write(0, torch.arange(N, device=weight.device)[:, None].expand(N, B), tokens.T)
+    replay(cache, tokens)
     for l in range(c.num_hidden_layers):
         add_layer(cache, {name: tensors.get(f"layer.{l}.{name}") for name in TENSORS}, l, c, weight)
     cache.pool = Branch(cache.pool, cache.lengths - cache.dropped) if cache.pool.stream is None else cache.pool
     cache.queries = expect(tensors, "queries", torch.int64, B).to(weight.device)
     demand(bool(((cache.queries >= 0) & (cache.queries <= lengths)).all()), "queries cannot be")
-    expected = 4 + (cache.prompt is not None) + c.num_hidden_layers * (3 + (cache.prompt is not None))
+    expected = 4 + (cache.prompt is not None) + c.num_hidden_layers * (4 + (cache.prompt is not None))
     demand(len(tensors) == expected, f"has {len(tensors)} tensors instead of {expected}")
     cache.model = model
     return cache
@@ -223,17 +271,19 @@ def expect(tensors, name, dtype, *shape):
 
 def add_layer(cache, parts, l, c, weight):
     """Layer l of the cache, from its tensors."""
-    B, S, H, d, device = len(cache.lengths), cache.first.shape[1] - 1, c.num_key_value_heads, c.head_dim, weight.device
-    kv, born = expect(parts, "kv", weight.dtype, cache.slots, B, H, 2, d), max(int(cache.current.max()) + 1, 1)
-    vectors = expect(parts, "vectors", weight.dtype, B, H, born, cache.rank[0] * d).to(device)
-    cache.new_layer(F.pad(vectors, (0, 0, 0, S - born)),
-                    expect(parts, "query_sum", torch.float32, B, c.num_attention_heads, d).to(device, copy=True))
+    B, Hq, H, d, device = len(cache.lengths), c.num_attention_heads, c.num_key_value_heads, c.head_dim, weight.device
+    kv, S = expect(parts, "kv", weight.dtype, cache.slots, B, H, 2, d), max(int(cache.current.max()) + 1, 1)
+    cache.new_layer(H, Hq, d, weight.dtype)
+    mem, w = cache.layers[l], cache.rule.width * d
+    mem.vectors[:, :, :S] = expect(parts, "vectors", weight.dtype, B, H, S, w).to(device)
+    mem.open = expect(parts, "open", torch.float32, B, H, w).to(device, copy=True)
+    mem.query_sum = expect(parts, "query_sum", torch.float32, B, Hq, d).to(device, copy=True)
     if cache.prompt is not None:
-        kept = cache.layers[l].kept_before = expect(parts, "kept_before", torch.int64, B, None).to(device, copy=True)
-        limit = (cache.prompt - cache.dropped)[:, None]
-        fits = kept.shape[1] <= S + 1 and bool((kept <= cache.first[:, :kept.shape[1]]).all())
-        demand(fits and bool(((kept >= 0) & (kept <= limit)).all()) and bool((kept.diff() >= 0).all()),
-               f"layer.{l}.kept_before cannot be")
+        start, slots = expect(parts, "start", torch.int64, B, S + 1).to(device), cache.lengths - cache.dropped
+        demand(bool((start >= 0).all()) and bool((start.diff() >= 0).all()) and bool((start[:, -1] == slots).all())
+               and bool((start <= cache.first[:, :S + 1]).all()), f"layer.{l}.start cannot be")
+        mem.start = slots[:, None].repeat(1, cache.first.shape[1])               # of those not born yet
+        mem.start[:, :S + 1] = start
     if cache.pool.stream is None:                                                # the file's own bytes
         cache.pool.kv[l] = cache.pool.seen[l] = kv
     else:                                                                        # copied into pinned memory

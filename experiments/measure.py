@@ -2,7 +2,6 @@
 
 Reading order: interleaved -> OPTIONS -> Hosts, filled -> Dense, Offloaded -> whole_model, decoding.
 """
-import inspect
 import math
 import os
 import platform
@@ -12,13 +11,14 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 import sentencekv
+from experiments.living import add_copy
+from experiments.lookahead import Lookahead
 from model import DenseKV, available_memory
 from sentencekv import HARD, HostPool, SentenceKV
 
@@ -95,14 +95,17 @@ def made_up_flags(vocabulary=2):
     flags[1::20] = HARD
     return flags
 
-OPTIONS = {  # what is compared, each option by itself; those that the constructor does not know are left out
+OPTIONS = {  # what is compared, each option by itself
     "mean": dict(rank="mean"), "bounds": dict(rank="bounds"), "spread": dict(), "spread, keep=2": dict(keep=2),
     "spread, refresh=8": dict(refresh=8), "spread, lookahead": dict(lookahead=True)}
 
 def options(budget):
-    """{name: settings of SentenceKV}."""
-    known = inspect.signature(SentenceKV).parameters
-    return {f"SentenceKV, {name}": dict(s, budget=budget) for name, s in OPTIONS.items() if s.keys() <= known.keys()}
+    """{name: settings for new_cache}."""
+    return {f"SentenceKV, {name}": dict(s, budget=budget) for name, s in OPTIONS.items()}
+
+def new_cache(flags, lookahead=False, **settings):
+    """A SentenceKV, or a Lookahead."""
+    return (Lookahead if lookahead else SentenceKV)(flags, **settings)
 
 # ------------------------------------------------------------------------------------------------ filled caches
 
@@ -136,15 +139,14 @@ def filled(k, v, group, layers=1, hosts=None, vocabulary=2, **settings):
 
     group: query heads per KV head. Every layer has vectors of its own, of the same content.
     """
-    (_, H, n, d), cache = k.shape, SentenceKV(made_up_flags(vocabulary), **settings)
+    (_, H, n, d), cache = k.shape, new_cache(made_up_flags(vocabulary), **settings)
     q = torch.randn(1, H * group, 1, d, dtype=k.dtype, device=k.device).expand(-1, -1, n, -1)
     with (hosts or Hosts(0)).lent(), mock.patch.object(sentencekv, "attend_causal", lambda q, *more, **named: q):
         cache.begin(made_up_tokens(n).to(k.device))
         cache.attend(0, q, k, v)
         wait(k.device)                                                           # the pool is written
         for layer in range(1, layers):
-            own = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in vars(cache.layers[0]).items()}
-            cache.layers.append(SimpleNamespace(**own))
+            add_copy(cache, cache.layers[0])
             cache.pool.reserve(layer, cache.slots, k.new_zeros(1, 1, H, 2, d))
     return cache
 
@@ -252,7 +254,7 @@ def whole_model(model, n, budget, only=None):
         caches["dense, offloaded"] = Offloaded(folded, k, v, L, host // 4)
     settings = options(budget)
     if weight.is_cuda:
-        more = [", staged"] + [", graph"] * ("cuda_graph" in inspect.signature(model.generate).parameters)
+        more = [", staged", ", graph"]
         settings |= {f"SentenceKV, spread{name}": settings["SentenceKV, spread"] for name in more}
     for name in filter(wanted, settings):
         caches[name] = filled(k, v, group, L, hosts, c.vocab_size, **settings[name])

@@ -39,9 +39,10 @@ class Parts(TorchFunctionMode):
             if hasattr(owner, name):
                 f = self.timer(part, getattr(owner, name), name in ("fetch", "write"))
                 self.patches.enter_context(mock.patch.object(owner, name, f))
-        for name, (width, vectors_of, *more) in sentencekv.RANKS.items():       # for caches made in the meantime
-            rule = (width, self.timer("vectors", vectors_of), *more)
-            self.patches.enter_context(mock.patch.dict(sentencekv.RANKS, {name: rule}))
+        for rule in sentencekv.RANKS.values():
+            for name in ("brings", "join", "vector"):
+                f = self.timer("vectors", getattr(rule, name))
+                self.patches.enter_context(mock.patch.object(rule, name, f))
         return super().__enter__()
 
     def __exit__(self, *error):

@@ -120,10 +120,7 @@ class Shown(DenseKV):
 
 def attended(cache):
     """Which tokens a SentenceKV attended to in the layer of the last attend(), (B, H, N); its values are positions."""
-    position = cache.work[..., 1, 0].permute(1, 2, 0).long()                     # (B, H, slots) of all that is at hand
-    if hasattr(cache, "near_mask"):                                              # there is a ring, with stale entries
-        near = cache.near_mask[:, None].expand(-1, position.shape[1], -1)
-        position[..., :near.shape[2]] *= near
-    # A slot that is not used holds token 0, which is in the sink.
+    position = cache.layers[0].work[..., 1, 0].long()                            # (B, H, places), one for all layers
+    # A place that is not used holds token 0, which is in the sink.
     mask = torch.zeros(*position.shape[:2], cache.length, dtype=torch.bool, device=position.device)
     return mask.scatter(-1, position, True)
