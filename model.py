@@ -230,7 +230,7 @@ class Llama(nn.Module):
         temperature 0 is greedy; otherwise samples from the smallest set of tokens whose probability reaches top_p.
         A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends. In the
         end the cache holds for each row what it would hold had the row been alone: all but the token yielded last.
-        chunk: see prefill; cuda_graph: see experiments/graph.py. ValueError, at the first step, for senseless ones.
+        chunk: see prefill; cuda_graph: see experiments/graph.py. ValueError, at the first step, for bad arguments.
         """
         demand(type(max_new_tokens) is int and max_new_tokens >= 0,
                f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
