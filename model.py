@@ -1,6 +1,7 @@
 """A minimal Llama (2, 3, 3.1, 3.2) that loads real checkpoints, and the plain dense KV cache.
 
-Reading order: Config -> rotary, Attention, MLP, Block -> Llama -> DenseKV -> the loaders.
+Reading order: Config -> rotary, Attention, MLP, Block -> Llama -> DenseKV -> the loader (Hugging Face). Meta's
+checkpoints and CUDA graphs need experiments/ beside this file, nothing else does.
 
 The model owns no cache. Every layer hands its queries, keys and values to a cache object and gets the attention
 output back; whatever the cache does in between (keep all of it, as DenseKV does here, or keep sentences in CPU
@@ -16,7 +17,7 @@ G = Hq / Hkv query heads share one key-value head (GQA), d width of a head, V vo
 import json, math, os, re, warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -28,10 +29,13 @@ def demand(ok, message):
     if not ok:
         raise ValueError(message)
 
-def whole(fields, *names):
-    for name in names:
-        demand(type(fields[name]) is int and 1 <= fields[name] <= 1 << 24,
-               f"{name} must be a whole number from 1 to 2^24, got {fields[name]!r:.60}")
+def demand_field(name, kind, x):
+    """ValueError if x, the value of a field, is not of its kind: int, float or bool."""
+    fits, wanted = {
+        int: (type(x) is int and 1 <= x <= 1 << 24, "a whole number from 1 to 2^24"),
+        float: (type(x) in (int, float) and 1e-12 <= x <= 1e12, "1e-12 to 1e12"),
+        bool: (type(x) is bool, "true or false")}[kind]
+    demand(fits, f"{name} must be {wanted}, got {x!r:.60}")
 
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
@@ -44,48 +48,32 @@ class Config:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int                # Hq
-    num_key_value_heads: int | None = None  # Hkv; None: as many as query heads
-    head_dim: int | None = None             # d; None: hidden_size / num_attention_heads
+    num_key_value_heads: int = None         # Hkv; None: as many as query heads
+    head_dim: int = None                    # d; None: hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None        # None, or Llama 3.1's scaling: the four numbers named in LLAMA3_ROPE
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 4096     # told, not used
+    max_position_embeddings: int = 4096     # a longer context is computed, with a warning
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            whole(vars(self), "hidden_size", "num_attention_heads")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        whole(vars(self), "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
-        heads, kv_heads, d = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        tied, s = self.tie_word_embeddings, self.rope_scaling
+        for field in fields(self):
+            if field.name == "head_dim" and self.head_dim is None:              # made of fields that are checked by now
+                self.head_dim = self.hidden_size // self.num_attention_heads
+            if field.type in (int, float, bool):
+                demand_field(field.name, field.type, getattr(self, field.name))
+        heads, kv_heads, d, s = self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.rope_scaling
         demand(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         demand(d % 2 == 0 and heads * d <= 1 << 24, f"head_dim must be even (rotary pairs) and not huge, got {d}")
-        demand(type(tied) is bool, f"tie_word_embeddings must be true or false, got {tied!r:.60}")
-        demand(s is None or isinstance(s, dict) and s.keys() == LLAMA3_ROPE.keys(),
-               f"rope_scaling must have {', '.join(LLAMA3_ROPE)}, got {s!r:.120}")
-        numbers = {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta}
-        for name, x in [*numbers.items()] + [(f"rope_scaling {n}", x) for n, x in (s or {}).items()]:
-            demand(type(x) in (int, float) and 1e-12 <= x <= 1e12, f"{name} must be 1e-12 to 1e12, got {x!r:.60}")
-        demand(s is None or s["low_freq_factor"] < s["high_freq_factor"],
-               "rope_scaling: low_freq_factor must be smaller than high_freq_factor")
-
-LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=131072)
-LLAMA32 = dict(LLAMA3, rope_scaling={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True)
-SHAPES = {  # published configurations, for measurements with random weights
-    "llama-3.1-8b": dict(LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                         num_attention_heads=32, rope_scaling=LLAMA3_ROPE),
-    "llama-3.2-1b": dict(LLAMA32, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                         num_attention_heads=32),
-    "llama-3.2-3b": dict(LLAMA32, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-                         num_attention_heads=24),
-    "tiny": dict(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                 num_attention_heads=4, num_key_value_heads=2, rope_theta=100000.0, tie_word_embeddings=True,
-                 max_position_embeddings=16384),
-}
+        if s is not None:
+            demand(isinstance(s, dict) and s.keys() == LLAMA3_ROPE.keys(),
+                   f"rope_scaling must have {', '.join(LLAMA3_ROPE)}, got {s!r:.120}")
+            for name, x in s.items():
+                demand_field(f"rope_scaling {name}", float, x)
+            demand(s["low_freq_factor"] < s["high_freq_factor"],
+                   "rope_scaling: low_freq_factor must be smaller than high_freq_factor")
 
 def rope_frequencies(c: Config) -> torch.Tensor:
     """Angle per position of each of the d/2 rotated pairs, (d/2,) float32; with Llama 3.1's scaling if set.
@@ -182,7 +170,7 @@ class Llama(nn.Module):
 
     def compute(self, tokens, cache, all_logits=False, progress=None, more=0):
         """forward() of tokens that have been checked; a row may hold padding alone, its logits mean nothing."""
-        (B, T), longest = tokens.shape, self.config.max_position_embeddings
+        B, longest = len(tokens), self.config.max_position_embeddings
         positions = cache.begin(tokens, more) if more else cache.begin(tokens)  # (B, T)
         cache.model = self                                                      # whose keys and values it holds
         if getattr(cache, "length", 0) > longest:
@@ -196,7 +184,7 @@ class Llama(nn.Module):
             if progress is not None:
                 progress(i + 1, len(self.layers))
         if not all_logits:
-            last = ((tokens >= 0).sum(1) - 1).clamp(min=0) if T > 1 else torch.zeros_like(tokens[:, 0])
+            last = (tokens[:, 1:] >= 0).sum(1)                                  # (B,) of each row, padding follows
             x = x[torch.arange(B, device=x.device), last]                       # (B, D)
         return F.linear(self.norm(x), (self.lm_head or self.embed_tokens).weight).float()
 
@@ -242,7 +230,7 @@ class Llama(nn.Module):
         temperature 0 is greedy; otherwise samples from the smallest set of tokens whose probability reaches top_p.
         A row that has produced one of `stop_ids` yields it again and again; when all rows have, generation ends. In the
         end the cache holds for each row what it would hold had the row been alone: all but the token yielded last.
-        chunk: see prefill; cuda_graph: see experiments/graph.py. ValueError, at the first step, for arguments without sense.
+        chunk: see prefill; cuda_graph: see experiments/graph.py. ValueError, at the first step, for bad arguments.
         """
         demand(type(max_new_tokens) is int and max_new_tokens >= 0,
                f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
@@ -274,18 +262,6 @@ class Llama(nn.Module):
                 cache.truncate([int(n) - int(m) for n, m in zip(cache.lengths, beyond)])
 
     @classmethod
-    def random(cls, shape, device=None, dtype=None, seed=0, **changes):
-        """A model of a named shape (see SHAPES) with random weights; `changes` replace fields of its Config."""
-        demand(shape in SHAPES, f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-        with torch.device("meta"):                                              # no memory yet
-            model = cls(Config(**{**SHAPES[shape], **changes})).to(dtype or torch.float32)
-        model = model.to_empty(device=device or "cpu").requires_grad_(False)
-        rng = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        for p in model.parameters():
-            p.fill_(1.0) if p.ndim == 1 else p.normal_(0, p.shape[1] ** -0.5, generator=rng)
-        return model
-
-    @classmethod
     def from_pretrained(cls, path, device=None, dtype=None, progress=None):
         """Load a Hugging Face directory (config.json, *.safetensors) or a Meta one (params.json, *.pth).
 
@@ -297,7 +273,8 @@ class Llama(nn.Module):
         if os.path.isfile(path / "config.json"):
             return assemble(path, *read_huggingface(path), huggingface_name, device, dtype, progress)
         if os.path.isfile(path / "params.json"):
-            return from_meta_layout(assemble(path, *read_meta(path), meta_name, device, dtype, progress))
+            from experiments.meta import load_meta
+            return load_meta(path, device, dtype, progress)
         raise FileNotFoundError(f"{path}: no config.json (Hugging Face) and no params.json (Meta) in it")
 
 def sample(logits, temperature=0.0, top_p=1.0, rng=None):
@@ -316,23 +293,22 @@ def sample(logits, temperature=0.0, top_p=1.0, rng=None):
 def causal_attention(q, k, v, before, step=512):
     """Exact attention of T new tokens to themselves and to what is before them; GQA without expansion.
 
-    q (B, Hq, T, d), k and v (B, Hkv, N, d) -> (B, Hq, T, d); row b has before[b] older tokens, N - T at most. Queries
-    go in slices, so that no (T, N) mask or score matrix ever exists.
+    q (B, Hq, T, d), k and v (B, Hkv, capacity, d) -> (B, Hq, T, d); of row b the first before[b] + T keys count.
+    Queries go in slices, so that no (T, N) mask or score matrix ever exists.
     """
-    (B, Hq, T, d), (Hkv, N), even = q.shape, k.shape[1:3], len(set(before)) == 1
-    limit = None if even else torch.tensor(before, device=q.device)[:, None, None, None]    # (B, 1, 1, 1)
-    key = torch.arange(N, device=q.device)
+    (B, Hq, T, d), Hkv, N = q.shape, k.shape[1], before[0] + q.shape[2]
+    if len(set(before)) > 1:  # rows of different length, one at a time
+        rows = [causal_attention(q[b:b + 1], k[b:b + 1], v[b:b + 1], before[b:b + 1], step) for b in range(B)]
+        return torch.cat(rows)                                                  # (B, Hq, T, d)
     if T == 1:  # the G query heads of a group become G queries of one head
-        mask = None if even else key <= limit                                   # (B, 1, 1, N)
-        return F.scaled_dot_product_attention(q.reshape(B, Hkv, Hq // Hkv, d), k, v, mask).reshape(B, Hq, 1, d)
+        q = q.reshape(B, Hkv, Hq // Hkv, d)                                     # (B, Hkv, G, d)
+        return F.scaled_dot_product_attention(q, k[:, :, :N], v[:, :, :N]).reshape(B, Hq, 1, d)
     out = []
     for i in range(0, T, step):
         t = min(step, T - i)
-        end = before[0] + i + t if even else N                                  # keys for the slice's last query
-        query = torch.arange(i, i + t, device=q.device)[:, None]
-        mask = causal_lower_right(t, end) if even else key <= limit + query     # (t, end) or (B, 1, t, N)
+        end = N - T + i + t                                                     # keys up to the slice's last query
         out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :end], v[:, :, :end], enable_gqa=True,
-                                                  attn_mask=mask))              # (B, Hq, t, d)
+                                                  attn_mask=causal_lower_right(t, end)))            # (B, Hq, t, d)
     return torch.cat(out, dim=2)                                                # (B, Hq, T, d)
 
 class DenseKV:
@@ -356,26 +332,22 @@ class DenseKV:
         self.before = self.lengths or [0] * B
         new = [1] * B if T == 1 else (tokens >= 0).sum(1).tolist()
         self.lengths = [n + t for n, t in zip(self.before, new)]
-        if len(set(self.before)) == 1:
-            return torch.arange(self.before[0], self.before[0] + T, device=tokens.device).expand(B, T)
-        return torch.tensor(self.before, device=tokens.device)[:, None] + torch.arange(T, device=tokens.device)
+        before = torch.tensor(self.before).to(tokens.device, non_blocking=True)             # (B,)
+        return before[:, None] + torch.arange(T, device=tokens.device)                      # (B, T)
 
     def attend(self, layer, q, k, v):
         """Store k and v (B, Hkv, T, d); attention of q (B, Hq, T, d) over all that is stored -> (B, Hq, T, d)."""
-        (B, _, T, _), before = k.shape, self.before
-        N = max(before) + T
+        T = k.shape[2]
+        N = max(self.before) + T
         for store, new in ((self.keys, k), (self.values, v)):
             if layer == len(store):
                 store.append(new[:, :, :0])
             if N > store[layer].shape[2]:
-                room = new.new_zeros(*new.shape[:2], T + max(64, N // 8), new.shape[3])
-                store[layer] = torch.cat((store[layer][:, :, :N - T], room), dim=2)         # (B, Hkv, capacity, d)
-            if len(set(before)) == 1:
-                store[layer][:, :, N - T:N] = new
-            else:
-                for b, n in enumerate(before):
-                    store[layer][b, :, n:n + T] = new[b]
-        return causal_attention(q, self.keys[layer][:, :, :N], self.values[layer][:, :, :N], before)
+                room = T + max(64, N // 8)
+                store[layer] = F.pad(store[layer][:, :, :N - T], (0, 0, 0, room))           # (B, Hkv, capacity, d)
+            for b, n in enumerate(self.before):
+                store[layer][b, :, n:n + T] = new[b]                                        # (Hkv, T, d)
+        return causal_attention(q, self.keys[layer], self.values[layer], self.before)
 
     def truncate(self, lengths):
         """Forget all but the first `lengths` tokens: one number, or one per row."""
@@ -391,13 +363,11 @@ class DenseKV:
 
 def available_memory():
     """Bytes of host memory that are free for us, or None where Linux's /proc/meminfo is not to be had."""
-    try:
-        with open("/proc/meminfo") as f:
-            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
-# -------------------------------------------------------------------------------------------------- the loaders
+# --------------------------------------------------------------------------------------------------- the loader
 # Files come from anywhere and may be damaged or hostile: nothing in them is believed, and no code in them is run.
 
 @contextmanager
@@ -493,60 +463,10 @@ def huggingface_config(j):
     kind = rope.get("rope_type", rope.get("type", "default"))
     demand(kind in ("default", "llama3") and rope.keys() <= {"rope_type", "type", "rope_theta", *LLAMA3_ROPE},
            f"rope {rope!r:.200} is not supported, only the types 'default' and 'llama3'")
-    return Config(
-        j["vocab_size"], j["hidden_size"], j["intermediate_size"], j["num_hidden_layers"], j["num_attention_heads"],
-        j.get("num_key_value_heads"), j.get("head_dim"), j.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta", j.get("rope_theta", 10000.0)),
-        rope_scaling={name: rope.get(name) for name in LLAMA3_ROPE} if kind == "llama3" else None,
-        tie_word_embeddings=j.get("tie_word_embeddings", False),
-        max_position_embeddings=j.get("max_position_embeddings", 2048))
-
-def read_meta(path):
-    """A Meta directory -> (Config, {name in the file: (file, tensor)})."""
-    file, params = path / "consolidated.00.pth", path / "params.json"
-    demand(not os.path.exists(path / "consolidated.01.pth"),
-           f"{path}: the checkpoint is split for several GPUs; use the Hugging Face version of this model")
-    with blame(file):
-        content = dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))   # runs no code in it
-        rows = len(content["tok_embeddings.weight"])
-    with blame(params):
-        config = meta_config(parse_json(params.read_bytes()), rows, tied="output.weight" not in content)
-    return config, {name: (file, t) for name, t in content.items()}
-
-def meta_config(p, rows, tied):
-    """params.json -> Config. Unsaid there: Llama 3.2 (1B and 3B, narrower than 4096) has another factor of the rope
-    scaling than 3.1 (32, not 8, as Hugging Face publishes it), and only 3.2 may come without an output matrix."""
-    known = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
-             "norm_eps", "rope_theta", "use_scaled_rope", "max_batch_size", "max_seq_len"}
-    demand(p.keys() <= known, f"{min(p.keys() - known, default='')!r:.60} is not supported")
-    whole(p, "dim", "n_heads", "multiple_of")
-    D, scaled, factor = p["dim"], p.get("use_scaled_rope", False), 32.0 if p["dim"] < 4096 else 8.0
-    demand(type(scaled) is bool, f"use_scaled_rope must be true or false, got {scaled!r:.60}")
-    demand(p.get("vocab_size", -1) in (-1, rows),
-           f"vocab_size {p.get('vocab_size')!r:.60}, but tok_embeddings.weight has {rows} rows")
-    demand(not tied or scaled and D < 4096, "output.weight is missing, and this is no Llama 3.2 of 1B or 3B")
-    hidden = int((p.get("ffn_dim_multiplier") or 1) * int(2 * 4 * D / 3))
-    return Config(
-        rows, D, -(-hidden // p["multiple_of"]) * p["multiple_of"], p["n_layers"], p["n_heads"], p.get("n_kv_heads"),
-        rms_norm_eps=p.get("norm_eps", 1e-5), rope_theta=p.get("rope_theta", 10000.0),
-        rope_scaling={**LLAMA3_ROPE, "factor": factor} if scaled else None, tie_word_embeddings=tied)
-
-META_NAMES = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm",
-              "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attention.wq",
-              "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-              "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1",
-              "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
-
-def meta_name(name):
-    return re.sub("|".join(META_NAMES), lambda match: META_NAMES[match[0]], name)
-
-def from_meta_layout(model):
-    """Meta rotates neighbours (x[2i], x[2i+1]), this model (x[i], x[i + d/2]): reorder the rows of each head."""
-    for block in model.layers:
-        for w in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):
-            pairs = w.view(-1, block.self_attn.d // 2, 2, w.shape[1])                       # (H, d/2, 2, D)
-            w.copy_(pairs.transpose(1, 2).reshape(w.shape))                                 # (H * d, D)
-    return model
+    scaling = {name: rope.get(name) for name in LLAMA3_ROPE} if kind == "llama3" else None
+    j = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **j, **rope, "rope_scaling": scaling}
+    return Config(**{field.name: j[field.name] for field in fields(Config)
+                     if field.name in j or field.default is MISSING})
 
 def assemble(path, config, tensors, spell, device, dtype, progress):
     """A model from tensors {spell(name): (file, tensor)}, after comparing the names and every shape."""

@@ -44,9 +44,10 @@ from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, 
 from experiments.corpus import VALUE
 from experiments.graph import GraphedStep
 from experiments.lookahead import Lookahead
+from experiments.merges import check_merges
 from experiments.recording import start
-from model import (LLAMA3_ROPE, SHAPES, Config, DenseKV, Llama, available_memory, rope_frequencies, rotate,
-                   sample)
+from experiments.shapes import SHAPES, random_llama
+from model import LLAMA3_ROPE, Config, DenseKV, Llama, available_memory, rope_frequencies, rotate, sample
 from sentencekv import HARD, PAPER, SOFT, SPACE, SentenceKV, segment, sentence_flags
 from tokenizer import Tokenizer
 from train_tiny import TrainingCache, batch, needle, story
@@ -977,7 +978,7 @@ def toy_model(seed=0, **changes):
     """Two layers that read the toy vocabulary, in float64."""
     shape = dict(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=4, max_position_embeddings=4096)
-    return Llama.random("tiny", dtype=torch.float64, seed=seed, **{**shape, **changes})
+    return random_llama("tiny", dtype=torch.float64, seed=seed, **{**shape, **changes})
 
 
 def ragged(rows):
@@ -1582,7 +1583,11 @@ def test_too_little_host_memory_is_told_before_the_prompt_is_read(monkeypatch):
 
 def test_available_memory_is_what_the_system_says():
     free = available_memory()
-    assert free is None and not os.path.exists("/proc/meminfo") or 1e6 < free < 1e15
+    if free is None:
+        assert not os.path.exists("/proc/meminfo")
+    else:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert total / 1000 < free <= total
 
 
 def test_running_out_of_memory_names_the_setting_to_change(monkeypatch):
@@ -1661,7 +1666,7 @@ TO_META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn.q_p
 
 def small_model(seed=0, **changes):
     """Two layers that fit on a page, and not one weight like another."""
-    model = Llama.random("tiny", seed=seed, **{**SMALL, **changes})
+    model = random_llama("tiny", seed=seed, **{**SMALL, **changes})
     for p in model.parameters():                # norms that are not 1, so that a lost or swapped one is seen
         if p.ndim == 1:
             p.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
@@ -1826,6 +1831,12 @@ def test_llama3_scaling_leaves_blends_and_slows():
 def test_named_shapes_have_the_published_parameter_counts(shape, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in Llama(Config(**SHAPES[shape])).parameters()) == count
+    assert SHAPES[shape]["rope_scaling"]["factor"] == (8.0 if shape == "llama-3.1-8b" else 32.0)
+
+
+def test_random_weights_are_those_of_their_seed():
+    first, same, other = (random_llama("tiny", seed=seed).embed_tokens.weight for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_bfloat16_leaves_the_rotary_frequencies_in_float32():
@@ -2006,6 +2017,17 @@ def test_configurations_of_all_ages_mean_the_same(tmp_path, scaling):
     for variant in (new, old, dict(old, num_key_value_heads=None, head_dim=None)):
         (tmp_path / "m/config.json").write_text(json.dumps(variant))
         assert vars(Llama.from_pretrained(tmp_path / "m").config) == vars(model.config)
+    for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta"):
+        j.pop(name)
+    (tmp_path / "m/config.json").write_text(json.dumps(j))
+    c = Llama.from_pretrained(tmp_path / "m").config
+    assert (c.rms_norm_eps, c.max_position_embeddings, c.rope_theta) == (1e-6, 2048, 10000)     # as Hugging Face's
+
+
+@pytest.mark.parametrize("wrong", ["llama3", [], {**LLAMA3_ROPE, "more": 1.0}, {"factor": 8.0}], ids=str)
+def test_a_config_with_another_rope_scaling_says_what_it_must_have(wrong):
+    with pytest.raises(ValueError, match="rope_scaling must have factor, low_freq_factor"):
+        Config(**{**SMALL, "rope_scaling": wrong})
 
 
 @pytest.mark.parametrize("padding", range(8))
@@ -2186,7 +2208,7 @@ def test_a_wrong_config_is_refused(tmp_path, name, value):
     if name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "model_type"):
         (path / "config.json").write_text(json.dumps({n: v for n, v in j.items() if n != name}))
-        refuse(path, "config.json", name)
+        refuse(path, "config.json", name if name == "model_type" else f"missing field '{name}'")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"a": 1, "a": 2}', "\ufeff{}", "[" * 50000])
@@ -2248,7 +2270,8 @@ def test_a_damaged_meta_checkpoint_is_refused(tmp_path, case):
     ("ffn_dim_multiplier", math.nan), ("ffn_dim_multiplier", "2"), ("norm_eps", None), ("rope_theta", -1),
     ("use_scaled_rope", "false"), ("moe_args", {}), ("quantization_args", {})])
 def test_wrong_meta_parameters_are_refused(tmp_path, name, value):
-    refuse(write_meta(tmp_path / "m", small_model(), **{name: value}), tmp_path / "m")
+    config = name in ("n_layers", "n_kv_heads", "norm_eps", "ffn_dim_multiplier") or value == 1 << 30  # named as there
+    refuse(write_meta(tmp_path / "m", small_model(), **{name: value}), tmp_path / "m", "" if config else name)
 
 
 def test_a_meta_checkpoint_without_output_matrix_or_in_parts_or_torn_is_refused(tmp_path):
@@ -2625,6 +2648,9 @@ BAD_JSONS = {
     "merge of three": (change("model", "merges", 0, to="a b c"), "merges"),
     "merge of numbers": (change("model", "merges", 0, to=[1, 2]), "str"),
     "merge of no token": (change("model", "merges", 1, to="q z"), "merges"),
+    "merge of no token beside": (change("model", "merges", slice(5, 5), to=["q z"]), "merges"),
+    "merge of halves beside": (change("model", "merges", slice(2, 2), to=["t he"]), "merges"),
+    "merge of three beside": (change("model", "merges", slice(2, 2), to=["t h e"]), "merges"),
     "merge that is missing": (without("model", "merges", 1), "merges"),
     "merges in another order": (change("model", "merges", slice(0, 3), to=["i n", "t h", "th e"]), "merges"),
     "merge that BPE never makes": (change("model", "merges", 1, to="t he"), "merges"),
@@ -2693,6 +2719,43 @@ def test_tokenizer_a_token_its_merges_cannot_make_is_refused_but_kept_under_igno
     root["model"]["ignore_merges"] = False
     with pytest.raises(ValueError, match="merges"):
         load_json(tmp_path, root)
+
+
+def plain_bpe(piece, vocab, merges, ignore_merges):
+    """What a tokenizer.json says of one piece: the first of the listed merges that is possible, leftmost, again and
+    again; with ignore_merges a piece that is a token stays whole."""
+    parts = [piece] if ignore_merges and piece in vocab else [*piece]
+    while possible := [pair for pair in merges if pair in zip(parts, parts[1:])]:
+        i = [*zip(parts, parts[1:])].index(possible[0])
+        parts[i:i + 2] = ["".join(possible[0])]
+    return [vocab[part] for part in parts]
+
+
+def test_tokenizer_files_that_are_accepted_are_merged_as_they_say():
+    rng, accepted, refused = random.Random(0), 0, 0
+    for _ in range(400):
+        letters, tokens = "abc"[:rng.randrange(1, 4)], []
+        for _ in range(rng.randrange(1, 8)):                             # joined from others, or at random
+            parts = [*letters, *tokens] if rng.random() < 0.8 else [rng.choice(letters) * 2]
+            tokens.append(rng.choice(parts) + rng.choice(parts))
+        tokens = [*dict.fromkeys(tokens)]
+        vocab = {c: i for i, c in enumerate([*T.BYTE_OF, *tokens])}
+        merges = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t)) if {t[:i], t[i:]} <= vocab.keys()]
+        if rng.random() < 0.5:                                           # in another order of the pairs of a token
+            merges = sorted(rng.sample(merges, len(merges)), key=lambda pair: vocab["".join(pair)])
+        if rng.random() < 0.2:
+            rng.shuffle(merges)
+        merges, ignore_merges = [pair for pair in merges if rng.random() < 0.9], rng.random() < 0.5
+        try:
+            check_merges(vocab, merges, ignore_merges)
+        except ValueError:
+            refused += 1
+            continue
+        accepted += 1
+        tok = Tokenizer(r"\S+", {bytes(map(T.BYTE_OF.get, t)): i for t, i in vocab.items()}, {}, set())
+        for text in [*tokens, *("".join(rng.choices(letters, k=rng.randrange(1, 12))) for _ in range(20))]:
+            assert tok.encode(text) == plain_bpe(text, vocab, merges, ignore_merges), (text, tokens, merges)
+    assert accepted > 100 and refused > 100
 
 
 def mutate_tokenizer(data, rng):

@@ -6,11 +6,7 @@
 Reads Llama 3's tokenizer.model (Meta) and tokenizer.json (Hugging Face: Llama 3, GPT-2, Qwen style); nothing is
 downloaded. A file for which tiktoken would give other ids than the file's own library is refused with a ValueError.
 """
-import base64
-import codecs
-import json
-import re
-import unicodedata
+import base64, codecs, json, re, unicodedata
 from pathlib import Path
 
 import tiktoken
@@ -19,6 +15,7 @@ import tiktoken
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LONGEST, NO_ID = 1024, 1 << 22  # bytes of the longest token; a number that no id reaches
 RUN = 1 << 17  # longer runs of white space are cut here: they overflow the stack of tiktoken's regex
 BOS = ("<|begin_of_text|>", "<|bos|>", "<s>")
 STOPS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
@@ -28,20 +25,22 @@ PRINTABLE = [b for b in range(256) if chr(b).isprintable() and b != 32]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {**{chr(b): b for b in PRINTABLE}, **{chr(256 + i): b for i, b in enumerate(OTHERS)}}     # "Ġ" -> 32
 
+def demand(ok, message):
+    if not ok:
+        raise ValueError(message)
+
 class Tokenizer:
     """encode, decode and stream; n_vocab, bos_id (or None), stop_ids (a set), token_bytes (None: special or unused)."""
 
     def __init__(self, pattern, ranks, added, special, nfc=False):
         """ranks {b"he": 256, ...} in merge order; added {"<|eot_id|>": 128009, ...}; special: a set of ids."""
         self._bytes = {i: t if isinstance(t, bytes) else t.encode() for t, i in {**ranks, **added}.items()}
-        if len(self._bytes) < len(ranks) + len(added):
-            raise ValueError("two tokens have the same id")
+        demand(len(self._bytes) == len(ranks) + len(added), "two tokens have the same id")
         for i, t in self._bytes.items():
-            if type(i) is not int or not 0 <= i < 1 << 22 or not 0 < len(t) <= 1024:
-                raise ValueError(f"token {t[:40]!r} with id {i!r:.40} is empty, too long or has a bad id")
-        missing = {bytes([b]) for b in range(256)} - ranks.keys()
-        if missing:
-            raise ValueError(f"no token is the byte {min(missing)!r}")
+            demand(type(i) is int and 0 <= i < NO_ID and 0 < len(t) <= LONGEST,
+                   f"token {t[:40]!r} with id {i!r:.40} is empty, too long or has a bad id")
+        for b in range(256):
+            demand(bytes([b]) in ranks, f"no token is the byte {bytes([b])!r}")
         self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
         self.n_vocab, self.added, self.special, self.nfc = max(self._bytes) + 1, added, special, nfc
         self.token_bytes = [None if i in special else self._bytes.get(i) for i in range(self.n_vocab)]
@@ -63,8 +62,7 @@ class Tokenizer:
 
     def encode(self, text, bos=False, special=False):
         """str -> list of ids. Unless `special`, "<|eot_id|>" in text is plain characters: no text can forge a token."""
-        if bos and self.bos_id is None:
-            raise ValueError("this tokenizer has no bos token")
+        demand(not bos or self.bos_id is not None, "this tokenizer has no bos token")
         ids, start = [self.bos_id] if bos else [], 0
         for match in self._added.finditer(text):
             if special or self.added[match[0]] not in self.special:
@@ -79,8 +77,7 @@ class Tokenizer:
             ids = [i for a, b in zip(cuts, cuts[1:]) for i in self.encoding.encode_ordinary(text[a:b])]
         except BaseException as error:  # a panic in tiktoken's Rust is not an Exception
             raise ValueError(f"tiktoken: {error}") if type(error).__name__ == "PanicException" else error
-        if self.encoding.decode_bytes(ids) != text.encode():
-            raise ValueError("the tokenizer's split pattern skips some of the text")
+        demand(self.encoding.decode_bytes(ids) == text.encode(), "the tokenizer's split pattern skips some of the text")
         return ids
 
     def decode(self, ids):
@@ -90,17 +87,15 @@ class Tokenizer:
         """Yield text as the ids come; a character whose bytes lie in two tokens comes whole, with the second."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for i in ids:
-            if i not in self._bytes:
-                raise ValueError(f"id {i} is not in the vocabulary")
+            demand(i in self._bytes, f"id {i} is not in the vocabulary")
             yield decoder.decode(self._bytes[i])
         yield decoder.decode(b"", final=True)
 
     def chat(self, messages):
         """Llama 3's template for [{"role": "user", "content": "Hi"}, ...], up to the assistant's next turn -> ids."""
         names = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-        missing = set(names) - self.added.keys()
-        if missing:
-            raise ValueError(f"the chat template is Llama 3's, and this tokenizer has no {min(missing)}")
+        for name in names:
+            demand(name in self.added, f"the chat template is Llama 3's, and this tokenizer has no {name}")
         ids, start, end, eot = ([self.added[name]] for name in names)
         for m in [*messages, {"role": "assistant", "content": ""}]:
             ids += start + self.encode(m["role"]) + end + self.encode("\n\n" + m["content"].strip()) + eot
@@ -111,8 +106,8 @@ def read_model(data):
     lines = re.findall(rb"(?m)^([A-Za-z\d+/]+=*) (\d{1,9})$", data)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     n = len(ranks)
-    if 2 * n != len(data.split()) or sorted(ranks.values()) != [*range(n)] or n > 128000:
-        raise ValueError("not Llama 3's lines of base64 and ranks 0, 1, ... (SentencePiece is not supported)")
+    demand(2 * n == len(data.split()) and sorted(ranks.values()) == [*range(n)] and n <= 128000,
+           "not Llama 3's lines of base64 and ranks 0, 1, ... (SentencePiece is not supported)")
     spare = [f"reserved_special_token_{i}" for i in range(248)]
     names = ["begin_of_text", "end_of_text", *spare[:2], "finetune_right_pad_id", spare[2], "start_header_id",
              "end_header_id", "eom_id", "eot_id", "python_tag", *spare[3:]]
@@ -120,16 +115,15 @@ def read_model(data):
 
 def read_json(data):
     """Hugging Face's file: the split pattern, the vocabulary, the merges and the added tokens."""
-    root = json.loads(data)
-    match root:
+    match json.loads(data):
         case {"model": {"vocab": dict(vocab), "merges": list(merges), **model}, "added_tokens": list(tokens),
-              "pre_tokenizer": pre}:
-            nfc = root.get("normalizer")
+              "pre_tokenizer": pre, **other}:
+            nfc = other.get("normalizer")
         case _:
             raise ValueError("not BPE: vocab, merges, added_tokens or pre_tokenizer is missing or has a wrong type")
-    other = ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")
-    if model.get("type", "BPE") != "BPE" or any(map(model.get, other)) or nfc not in (None, {"type": "NFC"}):
-        raise ValueError(f"not plain byte-level BPE: normalizer {nfc!r:.60}, model {model!r:.200}")
+    off = ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")
+    demand(model.get("type", "BPE") == "BPE" and not any(map(model.get, off)) and nfc in (None, {"type": "NFC"}),
+           f"not plain byte-level BPE: normalizer {nfc!r:.60}, model {model!r:.200}")
     match pre:
         case {"type": "ByteLevel", "add_prefix_space": False} if pre.get("use_regex", True):
             pattern = GPT2
@@ -142,31 +136,12 @@ def read_json(data):
     added = {}
     for t in tokens:
         name, flags = t["content"], [t["lstrip"], t["rstrip"], t["single_word"], nfc and t["normalized"]]
-        if any(flags) or name in added or vocab.pop(name, t["id"]) != t["id"]:
-            raise ValueError(f"added token {name!r:.40} has two ids or an unsupported flag: {flags}")
+        demand(not any(flags) and name not in added and vocab.pop(name, t["id"]) == t["id"],
+               f"added token {name!r:.40} has two ids or an unsupported flag: {flags}")
         added[name] = t["id"]
-    odd = {*"".join(vocab)} - BYTE_OF.keys()
-    if odd:
-        raise ValueError(f"{min(odd)!r} in the vocabulary is no byte: SentencePiece is not supported")
+    for c in {*"".join(vocab)}:
+        demand(c in BYTE_OF, f"{c!r} in the vocabulary is no byte: SentencePiece is not supported")
+    from experiments.merges import check_merges                                 # the only use of another file here
     check_merges(vocab, merges, model.get("ignore_merges") is True)
     return Tokenizer(pattern, {bytes(map(BYTE_OF.get, token)): i for token, i in vocab.items()}, added,
                      {t["id"] for t in tokens if t["special"]}, bool(nfc))
-
-def check_merges(vocab, merges, ignore_merges):
-    """Would tiktoken merge as the file says? It has no list of merges: neighbours join if that makes a token, lowest id
-    first, and a piece that is a token stays whole. A file says the same if it lists, in the order of the ids, all pairs
-    that make a token (as Llama 3's does), or of each token the pair that BPE would make it of last."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    tokens = sorted((token for token in vocab if 1 < len(token) <= 1024), key=vocab.get)
-    every = [[t[:i], t[i:]] for t in tokens for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
-    made = [*map("".join, pairs)]
-    if ignore_merges and made == [*map("".join, every)] and sorted(pairs) == sorted(every):
-        return
-
-    def last_pair(parts):  # of plain BPE, lowest id first: list("the") -> ["th", "e"]
-        while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: vocab.get(parts[i] + parts[i + 1], 1 << 22))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return parts
-    if made != tokens or any(last_pair([*token]) != pair for token, pair in zip(tokens, pairs)):
-        raise ValueError("the merges do not make the tokens in the order of their ids, as tiktoken would")

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # waiting threads sleep instead of spinning: no stan
 import numpy as np, torch
 import torch.nn.functional as F
 from experiments.corpus import VALUE, copying, lesson, needle, story
+from experiments.shapes import random_llama
 from experiments.vocabulary import VOCAB, train_bpe, write_tokenizer
 from model import DenseKV, Llama
 from tokenizer import Tokenizer
@@ -65,7 +66,7 @@ class TrainingCache:
 
 def new_model(seed):
     """Wide embeddings and a small last norm: with the usual small embeddings it never learned to retrieve."""
-    model = Llama.random("tiny", seed=seed)                                     # normal, deviation 1/sqrt(inputs)
+    model = random_llama("tiny", seed=seed)                                    # normal, deviation 1/sqrt(inputs)
     width, out = model.config.hidden_size, (2 * model.config.num_hidden_layers) ** -0.5
     scale = {"embed_tokens": width ** 0.5, "norm": width ** -0.5, "o_proj": out, "down_proj": out}
     for name, p in model.named_parameters():

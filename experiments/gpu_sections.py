@@ -17,6 +17,7 @@ from experiments import measure
 from experiments.measure import (decoding, interleaved, made_up_flags, made_up_tokens, summary, weights_read,
                                  whole_model)
 from experiments.parts import Parts, parts_of
+from experiments.shapes import random_llama
 from experiments.svg import short
 from model import Llama, available_memory
 from sentencekv import HostPool, SentenceKV, device_alias, zero_copy_works
@@ -128,7 +129,7 @@ def fetch(seconds):
 
 def no_sync():
     """Decode steps of a model while every sync is an error."""
-    model = Llama.random("llama-3.2-1b", "cuda", torch.bfloat16, num_hidden_layers=2)
+    model = random_llama("llama-3.2-1b", "cuda", torch.bfloat16, num_hidden_layers=2)
     V = model.config.vocab_size
     for settings in measure.options(256).values():
         cache = measure.new_cache(made_up_flags(V), **settings)
@@ -153,7 +154,7 @@ def no_sync():
 
 def small(seconds):
     """A short run, for compute-sanitizer."""
-    model = Llama.random("tiny", "cuda", torch.bfloat16)
+    model = random_llama("tiny", "cuda", torch.bfloat16)
     for in_place in (True, False):
         cache = SentenceKV(made_up_flags(1024), budget=64, recent=8)
         model.prefill(made_up_tokens(300, vocabulary=1024).cuda(), cache)
@@ -261,4 +262,4 @@ def prefill(seconds):
         check(peak <= 24e9, f"{short(n)} tokens are read with a peak of {peak / 1e9:.2f} GB, 24 GB at most")
 
 def random_model():
-    return Llama.random(SHAPE, "cuda", torch.bfloat16, max_position_embeddings=1 << 24)
+    return random_llama(SHAPE, "cuda", torch.bfloat16, max_position_embeddings=1 << 24)

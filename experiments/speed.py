@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import measure
 from experiments.measure import SPARE, filled, interleaved, made_up_flags, made_up_tokens, options, summary
 from experiments.parts import Parts, parts_of
+from experiments.shapes import SHAPES, random_llama
 from experiments.svg import line_plot, short
-from model import SHAPES, Config, DenseKV, Llama, available_memory, demand
+from model import Config, DenseKV, Llama, available_memory, demand
 from sentencekv import SentenceKV
 
 class Report:
@@ -128,7 +129,7 @@ def random_model(shape, device, **changes):
         size = 2 * sum(p.numel() for p in Llama(Config(**{**SHAPES[shape], **changes})).parameters())
     free = torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else available_memory()
     demand(free is None or size < free, f"{shape} takes {size / 1e9:.1f} GB, {(free or 0) / 1e9:.1f} are free")
-    return Llama.random(shape, device, torch.bfloat16, max_position_embeddings=1 << 24, **changes)
+    return random_llama(shape, device, torch.bfloat16, max_position_embeddings=1 << 24, **changes)
 
 def whole(report, args):
     """A whole model's decode step."""
