@@ -7,9 +7,13 @@ sentences, and a token budget is filled: the first tokens (sink), the last ones 
     sink         | far: whole sentences, reached by their vectors   | tail: recent window, rounded out to sentences
     always taken | the best are taken until the budget is full      | always taken
 
-Every token takes the same path, whether it came in a prompt or was generated: its K and V go to the host pool at once,
-and into the vector of its sentence. Every step takes the same path, too: one fetch brings all that is attended to,
-near or far. A sentence that leaves the recent window moves no data. The device holds vectors; nothing is unreachable.
+Whether it came in a prompt or was generated, a token's K and V go to the host pool at once, and into the vector of its
+sentence. At a decode step one fetch brings all that is attended to, near or far. So a sentence that leaves the recent
+window moves no data, the device holds vectors alone, and nothing that is kept is ever unreachable.
+
+A step: begin() notes which sentence the token belongs to, where the tail starts, and which slots are always fetched
+(once for all layers); then attend() in each layer ranks the sentences (RANKS), takes the best (select), fetches
+(HostPool), attends, stores the token's K and V, and makes the vector of its sentence anew. That is _decode and _fetch.
 
 B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads, G = Hq / H of them share one.
     code               paper     shape                  where
@@ -18,15 +22,16 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
     importance         alpha_i   (B, T)                 device  attention that a token gets from the window (Sec. 4.1)
     mem.vectors        kbar_s,h  (B, H, S, w)           device  semantic vector of each sentence, w = d or 2d (Eq. 1)
     mem.query_sum      Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
-    query              qbar      (B, H, w)              device  their mean (Eq. 2), or what the rule makes of them
+    query              qbar      (B, H, w)              device  mean over G of their mean (Eq. 2), or as the rule says
     pool.kv[l]         K, V      (C, B, H, 2, d)        host    every kept token: [..., 0, :] keys, [..., 1, :] values
-    mem.work           -         (B, H, budget, 2, d)   device  what a layer attends to in one step
+    mem.work           -         (B, H, budget, 2, d)   device  what is attended to in one step, one for all layers
+    lengths, dropped   -         (B,)                   device  tokens so far; how many of them keep=r has dropped
     first              -         (B, S + 1)             device  sentence s is tokens first[s] to first[s + 1] - 1
     far, tail          -         (B, 1)                 device  number of far sentences; position where the tail starts
-    plan               -         see _plan              device  which slots the next fetch takes, the same in all layers
-`mem` is layers[l], what one layer keeps on the device; the rest is kept once for all layers. A token's *position*
-counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from the paper, and why,
-is said in place after the word "Paper:".
+    plan               -         see _plan              device  what a fetch takes in any case, the same in all layers
+`mem` is layers[l], what one layer keeps on the device (new_layer); the rest is kept once for all layers. A token's
+*position* counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from the paper,
+and why, is said in place after the word "Paper:".
 """
 import functools
 import warnings
@@ -42,7 +47,7 @@ from torch.nn.attention.bias import causal_lower_right
 ALWAYS = tuple("。！？｡।॥؟۔።။។")       # ends a sentence whatever follows
 MAYBE = tuple(".!?…")                 # ends one if white space follows, so that 3.14 and example.com stay whole
 CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
-SOFT, HARD, EXTENDER, SPACE, START = 1, 2, 4, 8, 16
+SOFT, HARD, EXTENDER, SPACE, START = 1, 2, 4, 8, 16    # what a token can be, see sentence_flags; START: a new text
 
 def sentence_flags(token_bytes):
     """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
@@ -71,13 +76,14 @@ def sentence_flags(token_bytes):
 def continue_sentence(flag, ended, length, cap):
     """One token further -> (does it start a sentence?, ended, length). All Python ints, or all tensors (B,).
 
-    ended: how the token before left its sentence, SOFT, HARD or 0 (still open); length: tokens in the sentence so far.
+    ended: how the token before left its sentence: 0 open, SOFT closed if white space follows, HARD closed; length:
+    tokens in the sentence so far.
     """
     space, word = flag & SPACE > 0, flag & EXTENDER == 0
     over = (ended == HARD) | (ended == SOFT) & space             # white space after the full stop
     start = over & word | (flag & START > 0) | (length % cap == 0)
-    over = over | (flag & HARD > 0)
-    ended = word * (flag & (SOFT | HARD)) + (word == 0) * (over * HARD + (over == 0) * ended)
+    closed = over | (flag & HARD > 0)                            # an extender may close it, but never opens it
+    ended = word * (flag & (SOFT | HARD)) + (word == 0) * (closed * HARD + (closed == 0) * ended)
     return start, ended, (start == 0) * length + 1
 
 def segment(flags, ended, length, cap):
@@ -119,7 +125,7 @@ def importance(q, k, position, pool=1):
     future = future.repeat(1, Hq // H, 1)                                        # (B, G * N, T)
     alpha = torch.zeros(B, T, device=q.device)
     for h in range(H):                                                           # one head at a time: (B, G * N, T)
-        logits = (q[:, h] @ k[:, h].transpose(1, 2)).float() * d ** -0.5
+        logits = (q[:, h] * d ** -0.5 @ k[:, h].transpose(1, 2)).float()         # scaled first: float16 is small
         alpha += logits.masked_fill(future, float("-inf")).softmax(-1).sum(1)
     return F.max_pool1d(alpha[:, None], pool, stride=1, padding=pool // 2)[:, 0]
 
@@ -168,24 +174,24 @@ RANKS = {
 }
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
 
-def select(scores, start, length, near, width, k):
+def select(scores, start, count, near, width, k):
     """Whole sentences in descending score until the budget is full; the last one is cut (Algorithm 1).
 
-    scores (B, H, S); sentence s holds the length[b, s] tokens from start[b, s] on; a length of 0: no candidate. There
-    are `width` places, the first near[b] of them are taken; the best k sentences must fill the rest.
+    scores (B, H, S); sentence s has count (B, S) tokens, from slot start (B, S) on; a count of 0: no candidate. There
+    are `width` places, the first near (B,) of them are taken; the best k sentences fill the rest, or what they can.
     No loop and no ragged tensor: laid end to end, a place belongs to the last sentence that has begun there.
-    Returns token (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
+    Returns slot (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
 
-    >>> scores, start, length = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5]]), torch.tensor([[3, 2, 4]])
-    >>> token, valid, sentence, taken = select(scores, start, length, torch.tensor([1]), 6, 3)
-    >>> token[0, 0, 1:].tolist(), sentence.tolist(), taken.tolist()
+    >>> scores, start, count = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5]]), torch.tensor([[3, 2, 4]])
+    >>> slot, valid, sentence, taken = select(scores, start, count, torch.tensor([1]), 6, 3)
+    >>> slot[0, 0, 1:].tolist(), sentence.tolist(), taken.tolist()
     ([3, 4, 5, 6, 7], [[[1, 2, 0]]], [[[2, 3, 0]]])
     """
     (B, H, S), device = scores.shape, scores.device
-    start, length = start[:, None].expand(B, H, S), length[:, None].expand(B, H, S)
-    sentence = scores.masked_fill(length == 0, float("-inf")).topk(k, dim=-1).indices       # (B, H, k)
+    start, count = start[:, None].expand(B, H, S), count[:, None].expand(B, H, S)
+    sentence = scores.masked_fill(count == 0, float("-inf")).topk(k, dim=-1).indices        # (B, H, k)
     near = near[:, None, None].expand(B, H, 1)
-    stop = (length.gather(2, sentence).cumsum(-1) + near).clamp(max=width)       # (B, H, k) places begin .. stop - 1
+    stop = (count.gather(2, sentence).cumsum(-1) + near).clamp(max=width)       # (B, H, k) places begin .. stop - 1
     begin = torch.cat((near, stop[..., :-1]), dim=-1)
     begun = torch.zeros(B, H, width + 1, dtype=torch.long, device=device).scatter_add_(2, begin, torch.ones_like(begin))
     owner = (begun.cumsum(-1)[..., :-1] - 1).clamp(min=0)                        # (B, H, width)
@@ -294,11 +300,6 @@ class HostPool:
             torch.index_select(self.kv[layer].view(-1, out.shape[1]), 0, rows.cpu(), out=staging)
             out.copy_(staging, non_blocking=True)
 
-    def release(self, layer):
-        """Give a layer's memory back."""
-        self.finish()
-        self.kv.pop(layer, None), self.seen.pop(layer, None)
-
     def wait(self):
         """What comes next on the device comes after all writes so far."""
         if self.stream is not None:
@@ -343,8 +344,8 @@ class SentenceKV:
     window   queries at the prompt's end that judge importance, and
     pool     the width of the max-pool over it (odd; 1: none); both only used with keep=r.
     rank     "spread", "bounds" or the paper's "mean": see RANKS.
-    max_sentence  longer sentences are cut here; default 64, or a third of budget - sink - recent if that is less: the
-             window, rounded out to whole sentences, must not eat up what is left for fetching.
+    max_sentence  longer sentences are cut here; default 64, or a third of what sink and recent leave if that is less:
+             the window, rounded out to whole sentences, must not eat up what is left for fetching.
     refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
 
     A prompt (T > 1) attends exactly to everything kept; a single token is a decode step. What cannot work: ValueError.
@@ -359,8 +360,8 @@ class SentenceKV:
                  f"{name} must be a whole number of at least {least}, got {value!r}")
         room = budget - sink - recent - refresh + 1
         max_sentence = min(64, -(-room // 3)) if max_sentence is None else max_sentence
-        more = " + refresh - 1" if refresh > 1 else ""
-        need(room > 0, f"budget {budget} must exceed sink + recent{more} = {budget - room}: raise it or lower those")
+        also = " + refresh - 1" if refresh > 1 else ""
+        need(room > 0, f"budget {budget} must exceed sink + recent{also} = {budget - room}: raise it or lower those")
         need(max_sentence <= room, f"max_sentence {max_sentence} must fit into the rest of the budget = {room}")
         need(keep is None or type(keep) in (int, float) and 1 <= keep < float("inf"),
              f"keep must be None (keep all) or a number of at least 1, got {keep!r}")
@@ -373,6 +374,7 @@ class SentenceKV:
         self.flags = torch.cat((flags, flags.new_tensor([0, EXTENDER])))         # [V]: unknown, a word; [-1]: padding
         self.budget, self.sink, self.recent, self.max_sentence = budget, sink, recent, max_sentence
         self.keep, self.window, self.pool_width, self.rule = keep, window, pool, RANKS[rank]
+        self.survive = None if keep is None else int(keep * budget)
         self.refresh, self.width = refresh, budget - refresh                     # places filled by a fetch
         self.length, self.layers, self.pool, self.first, self.plan = 0, [], None, None, None
 
@@ -382,37 +384,34 @@ class SentenceKV:
         Prompts of different length are filled up with -1 on the right. more: so many tokens of this prompt follow in
         further calls; vectors are made, and keep=r judges, when it is complete.
         """
+        need(tokens.ndim == 2 and 0 not in tokens.shape and tokens.dtype in (torch.int64, torch.int32),
+             f"tokens must be int64 of shape (batch, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
         B, T = tokens.shape
         if self.length == 0:
             self._start(B, tokens.device)
         need(B == len(self.lengths), f"this cache holds {len(self.lengths)} rows, got tokens for {B}: use a new cache")
-        need(T > 1 or not self.more, "the last piece of a prompt must have more than one token")
-        new = (tokens >= 0).sum(1) if T > 1 else 1                               # (B,) real tokens
-        self.slot = self.lengths - self.dropped                                  # (B,) the first of them goes there
-        self.before = self.slot.tolist() if T > 1 else [self.slots]
+        need(T > 1 or not (more or self.more), "every piece of a prompt must have more than one token")
         # The host looks at the device's numbers with a prompt, and else once in 64 tokens, which is the one sync of a
         # decode step; then it makes room for 64 more.
-        look = T > 1 or self.left == 0
+        look = T > 1 or self.length % 64 == 0
+        self.slot = self.lengths - self.dropped                                  # (B,) where the first new token goes
+        self.prune = False
         if look:
             self._look()
-        self.prune = False
-        if self.unjudged and not more:
-            self._judge((self.lengths + new).tolist())
+            self.before = self.slot.tolist()                                     # slots in use, per row
+        new = (tokens >= 0).sum(1) if T > 1 else torch.ones_like(self.lengths)   # (B,) real tokens
+        if self.unjudged and not more:                                           # the first prompt is complete
+            lengths = self.lengths + new
+            self.prune = int(lengths.max()) > self.survive
+            need(not self.prune or int(lengths.min()) >= self.window, f"the observation window of {self.window} tokens "
+                 f"is longer than the prompt of {int(lengths.min())}: lower window, or use keep=None")
+            self.unjudged = False
+            if self.prune:
+                self.prompt, self.dropped = lengths, (lengths - self.survive).clamp(min=0)
         self.more = more
-        position = self._note(tokens, new, look)
         if look:
-            self.reach = (self.slots if self.prune else max(self.before) + T) + 64 + more    # slots that have to exist
-        return position
-
-    def _judge(self, lengths):
-        """The first prompt is complete: will keep=r drop any of it?"""
-        need(min(lengths) >= self.window, f"the observation window of {self.window} tokens is longer than the prompt "
-             f"of {min(lengths)}: lower window, or use keep=None")
-        survive = int(self.keep * self.budget)
-        self.prune, self.unjudged = max(lengths) > survive, False
-        if self.prune:
-            self.prompt = torch.tensor(lengths, device=self.lengths.device)      # (B,) what was pruned
-            self.dropped = (self.prompt - survive).clamp(min=0)
+            self.reach = (self.survive if self.prune else max(self.before) + T) + 64 + more      # slots that must exist
+        return self._note(tokens, new, look)
 
     def _note(self, tokens, new, look):
         """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
@@ -421,8 +420,8 @@ class SentenceKV:
         flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
         flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
         size = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]
-        starts, ended, self.size = segment(flags, self.ended, size, self.max_sentence)       # (B,) of the open sentence
-        real = t < (new[:, None] if T > 1 else 1)                                # (B, T)
+        starts, ended, self.size = segment(flags, self.ended, size, self.max_sentence)       # size: of the open one
+        real = t < new[:, None]                                                  # (B, T)
         starts &= real & (position >= self.sink)
         if look:
             self.text = F.pad(self.text, (0, self.length + T + 64 - self.text.shape[1]), value=-1)
@@ -431,55 +430,40 @@ class SentenceKV:
         self.ended.copy_(ended)
         self.current.copy_(ids[:, -1])
         self.lengths += new
-        self.length, self.slots, self.left = self.length + 1, self.slots + 1, 63 if look else self.left - 1
-        if T > 1:
-            self.length, self.slots = int(self.lengths.max()), int((self.lengths - self.dropped).max())
+        self.length = self.length + 1 if T == 1 else int(self.lengths.max())
         if look:                                                                 # a token starts one sentence at most
             self.pool.wait()                                                     # no fetch uses what is replaced now
-            more = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
-            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, more)), dim=1)  # the unborn start after the last token
+            extra = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
+            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, extra)), dim=1)             # unborn: start at the end
             self.first = grown(self.first)
             for mem in self.layers:
-                mem.vectors = F.pad(mem.vectors, (0, 0, 0, more))
+                mem.vectors = F.pad(mem.vectors, (0, 0, 0, extra))
                 mem.start = None if mem.start is None else grown(mem.start)
         s = torch.arange(self.first.shape[1], device=ids.device).repeat(B, 1)    # (B, S + 1)
-        self.added = torch.searchsorted(ids.masked_fill(~real, s.shape[1]), s)   # new tokens before each sentence
+        self.added = torch.searchsorted(ids.masked_fill(~real, s.shape[1]), s)   # (B, S + 1) new tokens before each
         self.first += self.added
         self.starts = starts[:, -1]                                              # (B,) does the last token start one?
         self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
-        if look:  # rank so many that they fill the budget whichever they are, as the shortest do, or those of one token
+        if look:  # rank so many that they fill the budget whichever they are: as the shortest do, and those born next
             size = self.first.diff().sort(1).values                              # (B, S); 0: unborn
             enough = int(((size.cumsum(1) < self.budget) & (size > 0)).sum(1).max()) + 65
             self.ranked = min(self.first.shape[1] - 1, self.budget, enough if self.prompt is None else self.budget)
-        self._divide(decode=T == 1)
-        return position
-
-    def _divide(self, decode):
-        """Where the tail starts now, and if a token is to be decoded: what is fetched for it, the same in all layers.
-
-        far (B, 1): number of sentences wholly before the recent window, so also the index of the one that the tail
-        starts with.
-        """
+        # far (B, 1): sentences wholly before the recent window, so also the index of the one that the tail starts with
         oldest = (self.lengths - self.recent).clamp(min=0)[:, None]              # (B, 1)
         self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)
         self.tail = self.first.gather(1, self.far)                               # (B, 1) position
-        if not decode:
-            self.since = self.refresh                                            # tokens since a fetch: one is due
-            return
-        self.fetch_now = self.since == self.refresh
-        self.since = 1 if self.fetch_now else self.since + 1
-        if self.fetch_now:
-            self.plan = self._plan(self.lengths[:, None] - 1)
+        self.since = self.refresh if T > 1 else self.since % self.refresh + 1    # tokens since a fetch, with this one
+        self.plan = self._plan(self.lengths[:, None] - 1) if T == 1 and self.since == 1 else None
+        return position
 
     def _plan(self, base):
-        """A fetch of tokens before position base (B, 1): near (B,) of them are always taken, from slot (B, width); the
-        rest are candidates: (B, S) start and count of each sentence, 0 if it is near."""
+        """A fetch of tokens before position base (B, 1): near (B,) of them are always taken, those marked in is_near
+        (B, width), from slot (B, width); the sentences marked in is_far (B, S) are ranked for the other places."""
         j = torch.arange(self.width, device=base.device)
         slot = torch.where(j < self.sink, j, self.tail - self.dropped[:, None] + j - self.sink)
         near = torch.minimum(base, base - self.tail + self.sink)                 # (B, 1)
-        not_far = torch.arange(self.first.shape[1] - 1, device=base.device) >= self.far      # (B, S)
-        return SimpleNamespace(slot=slot, near=near[:, 0], is_near=j < near, not_far=not_far, start=self.first[:, :-1],
-                               count=self.first.diff().masked_fill(not_far, 0))
+        is_far = torch.arange(self.first.shape[1] - 1, device=base.device) < self.far
+        return SimpleNamespace(slot=slot, near=near[:, 0], is_near=j < near, is_far=is_far, queries=self.queries)
 
     def _start(self, B, device):
         """The state before the first token."""
@@ -491,11 +475,11 @@ class SentenceKV:
     def _rewind(self):
         """No token seen yet, as far as sentences are concerned. A decode step changes these in place (CUDA graphs)."""
         zeros, S = torch.zeros_like, self.first.shape[1] if self.layers else 1
-        self.lengths, self.slots, self.left = zeros(self.lengths), 0, 0          # slots: of the row that has most
+        self.lengths = zeros(self.lengths)
         self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
         self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
         self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
-        self.text = self.first[:, :0].int()                                      # (B, room) tokens, -1: none
+        self.text = self.first.new_zeros(len(self.first), 0, dtype=torch.int32)  # (B, room) tokens, -1: none
         self.plan, self.since = None, self.refresh
         self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
@@ -521,7 +505,7 @@ class SentenceKV:
             query_sum=zeros(B, Hq, d),             # float32
             work=work, valid=None,                 # valid (B, H, budget): which places are used
             start=None,                            # (B, S + 1), after keep=r: slot of each sentence's first token
-            asked=None,                            # (B, Hq, window, d), until keep=r has judged: the last queries
+            asked=zeros(B, Hq, self.window, d, dtype=dtype) if self.unjudged or self.prune else None,        # queries
             fetched=None))                         # what select() has taken
 
     def _watch(self, layer, *tensors):
@@ -534,12 +518,12 @@ class SentenceKV:
     def _look(self):
         """ValueError if NaN or inf has come in; the one look at what the device has noted."""
         token, layer = divmod(int(self.broken), 4096)
-        need(token < 0, f"NaN or inf in q, k or v of layer {layer} at or before token {token}: this cache is of no use "
-             "from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
+        need(token < 0, f"NaN or inf in q, k or v of layer {layer} within the first {token} tokens: this cache is of "
+             "no use from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
 
     def _prompt(self, layer, q, kv):
         """T > 1 tokens: exact attention to everything kept, then sort them into the pool."""
-        mem, (B, _, T, _) = self.layers[layer], q.shape
+        mem, (B, Hq, T, d) = self.layers[layer], q.shape
         row, t = torch.arange(B, device=q.device), torch.arange(T, device=q.device)[:, None]
         new, slot = kv, self.slot + t                                            # (T, B)
         if any(self.before):                                                     # what is kept, then the new
@@ -547,33 +531,29 @@ class SentenceKV:
             kv[slot, row] = new
         keys, values = kv.permute(3, 1, 2, 0, 4)                                 # (B, H, N, d) each, views
         out = attend_causal(q, keys, values, self.before)
-        mem.asked = self._last_queries(q, mem.asked) if self.unjudged or self.prune else None
+        if mem.asked is not None:                                                # the last queries, of all pieces
+            at = (self.lengths - self.slot)[:, None] + torch.arange(self.window, device=q.device)        # (B, window)
+            mem.asked = torch.cat((mem.asked, q), dim=2).gather(2, at[:, None, :, None].expand(-1, Hq, -1, d))
         if self.prune:
             window = self.lengths[:, None] + torch.arange(-self.window, 0, device=q.device)      # (B, window) positions
             alpha = importance(mem.asked, keys, window, self.pool_width)
-            kept = survivors(alpha, self.slots, self.sink, self.tail, self.lengths)              # (B, slots)
-            mem.start, mem.asked = torch.searchsorted(kept, self.first), None    # survivors before each sentence
-            new = kv = kv[kept.T, row]                                           # (slots, B, H, 2, d)
-            slot = torch.arange(self.slots, device=q.device)[:, None].expand(-1, B)
-            self.pool.release(layer)
+            kept = survivors(alpha, self.survive, self.sink, self.tail, self.lengths)            # (B, survive)
+            mem.start = torch.searchsorted(kept, self.first)                     # survivors before each sentence
+            new = kv = kv[kept.T, row]                                           # (survive, B, H, 2, d)
+            slot = torch.arange(self.survive, device=q.device)[:, None].expand(-1, B)
+            self.pool.finish()
+            self.pool.kv.pop(layer, None)                                        # a piece before, not pruned yet
         self.pool.reserve(layer, self.reach, kv)
         self.pool.write(layer, slot, new)
         if not self.more:
+            mem.asked = None
             self._summarize(mem, kv[..., 0, :])
         return out
 
-    def _last_queries(self, q, before):
-        """(B, Hq, window, d) of each row's last tokens; if q (B, Hq, T, d) has too few, then `before` those."""
-        new = self.lengths - self.slot                                           # (B,)
-        at = (new + (0 if before is None else self.window))[:, None] + torch.arange(-self.window, 0, device=q.device)
-        q = q if before is None else torch.cat((before, q), dim=2)
-        at = at.clamp(min=0)[:, None, :, None].expand(*q.shape[:2], -1, q.shape[3])          # (B, Hq, window, d)
-        return q.gather(2, at)
-
     def _summarize(self, mem, k):
-        """The vectors of all sentences, from the keys k (N, B, H, d) of all slots."""
+        """The vectors of all sentences, from the keys k (n, B, H, d) of all slots, n of them."""
         start = self.first if mem.start is None else mem.start                   # (B, S + 1)
-        slot = torch.arange(len(k), device=k.device).repeat(len(start), 1)       # (B, N)
+        slot = torch.arange(len(k), device=k.device).repeat(len(start), 1)       # (B, n)
         ids = torch.searchsorted(start, slot, right=True).T                      # sentence + 1; sink: 0, padding: S + 1
         total = [reduce_keys(self.rule.brings(x.float()), ids, start.shape[1] + 1, self.rule.how) for x in k.unbind(2)]
         total = torch.stack(total, dim=2)[1:-1]                                  # (S, B, H, w), head by head
@@ -582,14 +562,14 @@ class SentenceKV:
         mem.open.copy_(total[self.current.clamp(min=0), torch.arange(len(start), device=k.device)])
 
     def _decode(self, layer, q, kv):
-        """One token: fetch what it should see, attend to that and to itself. No loop, and with zero copy no sync."""
+        """One token: fetch what it should see, attend to that and to itself. No loop, no sync but at looks."""
         (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
         # The first query of a sentence, or after a prompt, starts the sum anew.
         # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
         mem.query_sum.masked_fill_((self.queries == 1)[:, None, None], 0).add_(q[:, :, 0])
         q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
         self.pool.reserve(layer, self.reach, kv)
-        if self.fetch_now:
+        if self.plan is not None:
             self._fetch(layer, q, self.plan)
         self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
         place = self.width + self.since - 1
@@ -597,7 +577,7 @@ class SentenceKV:
         keys, values = mem.work.unbind(3)                                        # (B, H, budget, d) each, views
         out = F.scaled_dot_product_attention(q, keys, values, mem.valid[:, :, None])         # Eq. 3, (B, H, G, d)
 
-        # What the new key brings joins the open sentence.
+        # What the new key brings joins the open sentence; in the sink, where none is, that is overwritten by the first.
         new, row = self.rule.brings(kv[0, :, :, 0].float()), torch.arange(B, device=q.device)
         mem.open.copy_(torch.where(self.starts[:, None, None], new, self.rule.join(mem.open, new)))          # (B, H, w)
         vector = self.rule.vector(mem.open, self.size[:, None, None]).to(kv.dtype)
@@ -606,13 +586,12 @@ class SentenceKV:
 
     def _fetch(self, layer, q, plan):
         """Rank the sentences for q (B, H, G, d), and fill the layer's places with what is near and with the best."""
-        mem = self.layers[layer]
-        query = self.rule.query(q, mem.query_sum.view(q.shape), self.queries[:, None, None, None]).mean(2)
-        scores = (query.to(q.dtype)[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
-        start, count = plan.start, plan.count
-        if mem.start is not None:                                                # in every layer, others have survived
-            start, count = mem.start[:, :-1], mem.start.diff().masked_fill(plan.not_far, 0)
-        slot, valid, *mem.fetched = select(scores, start, count, plan.near, self.width, self.ranked)
+        mem, d = self.layers[layer], q.shape[3]
+        query = self.rule.query(q, mem.query_sum.view(q.shape), plan.queries[:, None, None, None]).mean(2)
+        scores = ((query * d ** -0.5).to(q.dtype)[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
+        start = self.first if mem.start is None else mem.start                   # (B, S + 1)
+        slot, valid, *mem.fetched = select(scores, start[:, :-1], start.diff() * plan.is_far, plan.near, self.width,
+                                           self.ranked)
         slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))
         self.pool.fetch(layer, F.pad(slot, (0, self.refresh)), mem.work)         # places not used: any slot
         mem.valid = F.pad(valid, (0, self.refresh))
@@ -655,7 +634,8 @@ class SentenceKV:
         return [torch.stack(x) for x in zip(*(mem.fetched for mem in self.layers))]
 
     def memory(self):
-        """Bytes of all buffers that exist: {"device": ..., "host": ...}; a fork counts what it shares as well."""
+        """Bytes of all that grows with text, layers or budget: {"device": ..., "host": ...}; a fork counts what it
+        shares as well."""
         tensors = lambda mem: [x for x in vars(mem).values() if isinstance(x, torch.Tensor)]
         device = {id(x): x.nbytes for mem in self.layers for x in tensors(mem)}  # work may be one for all layers
         shared = [self.flags] + ([self.first, self.text] if self.pool else [])

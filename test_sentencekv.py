@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentencekv
 import tokenizer as T
-from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, living, measure, parts, quality,
+from experiments import (align, ask, baselines, benchmarks, figures, gpu_check, gpu_sections, living, measure, parts, quality,
                          recording, rules, speed, svg)
 from experiments.corpus import VALUE
 from experiments.graph import GraphedStep
@@ -716,8 +716,12 @@ def test_impossible_settings_say_what_to_change(wrong, message):
 def test_impossible_calls_say_what_to_change():
     with pytest.raises(ValueError, match="flags must be the .* uint8 tensor that sentence_flags"):
         SentenceKV([0, 1, 2])
-    with pytest.raises(ValueError, match="window of 32 tokens is longer than the prompt of 20"):
-        Feed(0, keep=2, budget=64).push(20)
+    with pytest.raises(ValueError, match="window of 200 tokens is longer than the prompt of 150"):
+        Feed(0, keep=2, budget=64, window=200).push(150)
+    Feed(0, keep=2, budget=64, window=200).push(120)                  # nothing is dropped, so nothing is judged
+    for tokens in (torch.ones(5, dtype=torch.long), torch.ones(1, 0, dtype=torch.long), torch.ones(1, 5)):
+        with pytest.raises(ValueError, match=r"tokens must be int64 of shape \(batch, at least 1\), got torch"):
+            Feed(0).cache.begin(tokens)
     feed = Feed(0, B=2, budget=64)
     with pytest.raises(ValueError, match="nothing was fetched yet"):
         feed.cache.fetched()
@@ -774,6 +778,9 @@ def test_staged_and_in_place_fetches_are_equal_to_the_bit(seed, heads, B, words,
 
 @pytest.mark.parametrize("pool", [sentencekv.HostPool, Staged])
 def test_a_fetch_brings_what_is_in_the_slots(pool):
+    kv, slot = torch.randn(20, 1, 3, 2, 4).bfloat16(), torch.randint(20, (1, 3, 5))          # as the check for GPUs does
+    got = gpu_sections.fetched(gpu_sections.pool_with(kv, "cpu", pool is not Staged), slot, kv)
+    assert torch.equal(got, kv[slot, 0, torch.arange(3)[:, None]])
     pool, kv = pool(torch.device("cpu")), torch.randn(20, 2, 3, 2, 4)
     pool.reserve(0, 20, kv)
     pool.write(0, torch.arange(20)[:, None].expand(20, 2), kv)
@@ -800,7 +807,7 @@ def test_cuda_fetches_the_same_sentences_and_bits_as_the_cpu(zero_copy, setting)
             feeds[1].cache.pool.in_place = False
         assert_close(*outs, torch.float32)
         for l in range(3):
-            n = feeds[0].cache.slots
+            n = living.used_slots(feeds[0].cache)
             torch.cuda.synchronize()
             a, b = (feed.cache.pool.kv[l][:n] for feed in feeds)
             assert torch.equal(a, b) and b.is_pinned()
@@ -839,11 +846,12 @@ def test_a_cuda_graph_gives_the_same_tokens(tiny, setting):
     model, tokenizer, flags = tiny
     model, flags = copy.deepcopy(model).cuda(), flags.cuda()
     prompt = torch.tensor([tokenizer.encode(story(2000, seed=3)[0], bos=True)]).cuda()
-    texts = []
+    texts, read = [], SentenceKV(flags, budget=128, **setting)
+    model.prefill(prompt, read)                                       # once: on CUDA sums may differ in the last bit
     for graph in (False, True):
-        cache = SentenceKV(flags, budget=128, **setting)
-        texts.append([int(x) for x in model.generate(prompt, cache, 300, cuda_graph=graph)])
-        assert cache.length == prompt.shape[1] + 299 and cache.tokens()[0, -299:].tolist() == texts[-1][:-1]
+        cache = read.fork()
+        texts.append([int(x) for x in model.generate(prompt[:, :1], cache, 300, cuda_graph=graph)])
+        assert cache.length == prompt.shape[1] + 300 and cache.tokens()[0, -299:].tolist() == texts[-1][:-1]
         texts[-1] += [int(x) for x in model.generate(prompt[:, :50], cache, 20)]      # and goes on without
     assert texts[0] == texts[1]
 
@@ -873,9 +881,10 @@ def test_a_graph_is_captured_once_and_replayed_until_the_host_has_to_ask(monkeyp
     for _ in range(63 + 64 + 2):
         length = cache.length
         step(torch.ones(1, 1, dtype=torch.long))
-        assert cache.length == cache.slots == length + 1
-    assert " ".join(log) == " ".join(["run capture run replay"] + ["replay"] * 61 +                 # after the prompt
-                                     ["run capture run replay"] + ["replay"] * 62 + ["run capture run replay"])
+        assert cache.length == length + 1
+    assert " ".join(log) == " ".join(["run capture run replay"] + ["replay"] * 22 +                 # from 40 to 64,
+                                     ["run capture run replay"] + ["replay"] * 62 +                 # to 128, where
+                                     ["run capture run replay"] + ["replay"] * 39)                  # the host looks
 
 
 @needs_cuda
@@ -883,11 +892,11 @@ def test_a_cuda_graph_after_a_fork_and_without_zero_copy_gives_the_same_tokens(t
     model, tokenizer, flags = tiny
     model, flags = copy.deepcopy(model).cuda(), flags.cuda()
     prompt = torch.tensor([tokenizer.encode(story(1000, seed=3)[0], bos=True)]).cuda()
-    texts = []
+    texts, read = [], SentenceKV(flags, budget=128)
+    model.prefill(prompt, read)
     for graph, in_place in ((False, True), (True, True), (True, False)):
-        cache = SentenceKV(flags, budget=128)
-        model.prefill(prompt, cache)
-        cache.pool.in_place = cache.pool.in_place and in_place
+        cache = read.fork()
+        cache.pool.base.in_place &= in_place                          # what all of them share
         texts.append([int(x) for x in model.generate(prompt[:, :1], cache.fork(), 200, cuda_graph=graph)])
         steps = model.generate(prompt[:, :1], cache, 60, cuda_graph=graph)
         texts[-1] += [int(next(steps)) for _ in range(20)]
@@ -915,7 +924,7 @@ def test_the_pool_has_room_for_64_tokens_after_whatever_came_before(tmp_path, ho
         model(one, cache)
         steps += 1
         assert places() == before
-    assert steps >= 20
+    assert steps > 0 and cache.length % 64 == 0                       # then the host looks
 
 
 def test_tokens_of_32_bits_are_taken_as_well():
@@ -937,7 +946,7 @@ def test_state_that_a_graph_reads_and_writes_stays_where_it_is():
         state = (c.lengths, c.current, c.ended, c.queries, c.broken, c.first)
         return [t.data_ptr() for t in (*state, *layers, *pools)]
     before = state()
-    for _ in range(62):
+    for _ in range(128 - 101):
         feed.push(1)
         assert state() == before
     feed.push(1)
@@ -1122,7 +1131,7 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
         at += n
     assert_close(torch.cat(out, 3), whole.causal())
     assert parts.cache.dropped.tolist() == whole.cache.dropped.tolist()
-    assert len(parts.cache.pool.kv[0]) <= (parts.cache.slots + 64) * 1.2 + (0 if keep else 64)      # memory given back
+    assert len(parts.cache.pool.kv[0]) <= (living.used_slots(parts.cache) + 64) * 1.2 + (0 if keep else 64)      # memory given back
     for mine, other in zip(parts.cache.layers, whole.cache.layers):
         assert torch.equal(mine.vectors, other.vectors) and mine.asked is None
         assert keep is None or mine.start is None or torch.equal(mine.start, other.start)
@@ -1149,7 +1158,7 @@ def test_a_prompt_that_goes_on_cannot_be_forked_cut_saved_or_pruned_by_one_token
                        ("save", lambda: feed.cache.save("nowhere"))):
         with pytest.raises(ValueError, match=rf"{name}\(\) needs a cache that has read a whole prompt"):
             call()
-    with pytest.raises(ValueError, match="the last piece of a prompt must have more than one token"):
+    with pytest.raises(ValueError, match="every piece of a prompt must have more than one token"):
         feed.cache.begin(torch.ones(1, 1, dtype=torch.long))
     feed.push(2)
     assert int(feed.cache.dropped) == 62 - 24
@@ -1536,7 +1545,7 @@ def test_nan_or_inf_names_the_layer_and_the_token_it_came_with(where, bad, T):
     feed.push(1)
     inputs = {name: feed.random(3, 2, h, T, 8) for name, h in (("q", 4), ("k", 2), ("v", 2))}
     inputs[where][1, 1, 0, T // 2, 3] = bad                           # layer 1, row 1
-    with pytest.raises(ValueError, match=f"NaN or inf in q, k or v of layer 1 at or before token {41 + T}"):
+    with pytest.raises(ValueError, match=f"NaN or inf in q, k or v of layer 1 within the first {41 + T} tokens"):
         feed.push(T, torch.ones(2, T, dtype=torch.long), **inputs)
     with pytest.raises(ValueError, match="NaN or inf"):               # the cache stays refused,
         feed.cache.begin(torch.ones(2, 5, dtype=torch.long))
@@ -3031,11 +3040,6 @@ def test_any_method_with_a_budget_that_covers_the_context_equals_dense_attention
 @pytest.mark.parametrize("name", baselines.methods(TOY_FLAGS))
 def test_any_method_works_from_an_empty_cache_token_by_token(name):
     settings = baselines.methods(TOY_FLAGS)[name]
-    if "paper" in name:
-        with pytest.raises(ValueError, match="observation window"):
-            random, cache = Random(2), settings(100)
-            random.into(1, cache)
-        return
     random, cache, dense = Random(2), settings(100), DenseKV()
     for _ in range(60):
         out, expected = random.into(1, cache, dense)

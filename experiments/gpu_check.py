@@ -144,6 +144,7 @@ def main(argv=None):
         return 1
     if not a.section:
         return everything(a.only.split(","), a.minutes, a.out)
+    measure.fair("cuda")
     (small if a.section == "small" else SECTIONS[a.section][1])(a.seconds)      # a traceback is a failure
     return int(not all(gpu_sections.RESULTS.get("checks", {}).values()))
 

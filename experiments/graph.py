@@ -18,7 +18,7 @@ class GraphedStep:
     def steady(self):
         """Will the next decode step launch what the last one did? Not if the host has to look, or without zero copy."""
         c = self.cache
-        return c.plan is not None and c.left > 0 and c.pool.in_place
+        return c.plan is not None and c.length % 64 > 0 and c.pool.in_place
 
     def __call__(self, tokens):
         """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
@@ -34,7 +34,7 @@ class GraphedStep:
                 cache.pool.wait()                                                # the side stream joins the graph
             self.at = (cache.plan, cache.pool)
         else:
-            cache.length, cache.slots, cache.left = cache.length + 1, cache.slots + 1, cache.left - 1
+            cache.length += 1
             self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits

@@ -89,6 +89,10 @@ def whole(cache, what):
     """ValueError while a prompt is read in pieces: `what` needs all of it."""
     demand(cache.length and not cache.more, f"{what} needs a cache that has read a whole prompt")
 
+def used_slots(cache):
+    """Slots in use, of the row that has most."""
+    return int((cache.lengths - cache.dropped).max())
+
 def copied(x):
     return x.clone() if isinstance(x, torch.Tensor) else x
 
@@ -101,8 +105,8 @@ def fork(cache):
     if isinstance(base, Branch) and torch.equal(base.start, at):                 # nothing was written since
         base = base.base
     cache.pool, twin.pool = Branch(base, at), Branch(base, at)
-    cache.reach = twin.reach = cache.slots + 64                                  # they have no room of their own yet
-    twin.layers, twin.plan, twin.since = [], None, twin.refresh                  # it fetches anew
+    cache.reach = twin.reach = used_slots(cache) + 64                            # they have no room of their own yet
+    twin.layers, twin.ahead, twin.since = [], None, twin.refresh                 # it fetches anew
     for mem in cache.layers:
         add_copy(twin, mem)
     return twin
@@ -173,7 +177,7 @@ def tensors_of(cache):
     if cache.prompt is not None:
         tensors["prompt"] = cache.prompt
     for l, mem in enumerate(cache.layers):
-        parts = (cache.pool.read(l, cache.slots), mem.vectors[:, :, :S], mem.open, mem.query_sum,
+        parts = (cache.pool.read(l, used_slots(cache)), mem.vectors[:, :, :S], mem.open, mem.query_sum,
                  None if mem.start is None else mem.start[:, :S + 1])
         tensors |= {f"layer.{l}.{name}": t.cpu() for name, t in zip(TENSORS, parts) if t is not None}
     return {name: t.cpu() for name, t in tensors.items()}
@@ -272,7 +276,7 @@ def expect(tensors, name, dtype, *shape):
 def add_layer(cache, parts, l, c, weight):
     """Layer l of the cache, from its tensors."""
     B, Hq, H, d, device = len(cache.lengths), c.num_attention_heads, c.num_key_value_heads, c.head_dim, weight.device
-    kv, S = expect(parts, "kv", weight.dtype, cache.slots, B, H, 2, d), max(int(cache.current.max()) + 1, 1)
+    kv, S = expect(parts, "kv", weight.dtype, used_slots(cache), B, H, 2, d), max(int(cache.current.max()) + 1, 1)
     cache.new_layer(H, Hq, d, weight.dtype)
     mem, w = cache.layers[l], cache.rule.width * d
     mem.vectors[:, :, :S] = expect(parts, "vectors", weight.dtype, B, H, S, w).to(device)
@@ -287,5 +291,5 @@ def add_layer(cache, parts, l, c, weight):
     if cache.pool.stream is None:                                                # the file's own bytes
         cache.pool.kv[l] = cache.pool.seen[l] = kv
     else:                                                                        # copied into pinned memory
-        cache.pool.reserve(l, cache.slots, kv)
-        cache.pool.kv[l][:cache.slots] = kv
+        cache.pool.reserve(l, used_slots(cache), kv)
+        cache.pool.kv[l][:used_slots(cache)] = kv

@@ -13,15 +13,16 @@ class Lookahead(SentenceKV):
     ahead = None                                             # the plan of what is fetched for the next token
 
     def begin(self, tokens, more=0):
-        fetched = self.ahead if self.plan is not None else None      # a fork, truncate or load starts without a plan
+        fetched = self.ahead
         position = super().begin(tokens, more)
         self.ahead = None
         if tokens.shape[1] > 1:
             return position                                  # after a prompt, nothing that was fetched is of use
         if fetched is not None:
-            self.plan, self.fetch_now = fetched, False
+            self.plan = None
         if self.since == self.refresh:                       # the next token is due for a fetch
             self.ahead = self._plan(self.lengths[:, None].clone())
+            self.ahead.queries = self.queries.clone()        # the next token changes them while this fetch may still run
         return position
 
     def new_layer(self, *sizes):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import sentencekv
-from experiments.living import add_copy
+from experiments.living import add_copy, used_slots
 from experiments.lookahead import Lookahead
 from model import DenseKV, available_memory
 from sentencekv import HARD, HostPool, SentenceKV
@@ -99,6 +99,13 @@ OPTIONS = {  # what is compared, each option by itself
     "mean": dict(rank="mean"), "bounds": dict(rank="bounds"), "spread": dict(), "spread, keep=2": dict(keep=2),
     "spread, refresh=8": dict(refresh=8), "spread, lookahead": dict(lookahead=True)}
 
+def fair(device):
+    """On a GPU: attention without cuDNN, for all variants alike. It makes a plan for every new number of keys, which a
+    dense cache has at every step."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        print("scaled_dot_product_attention without cuDNN", flush=True)
+
 def options(budget):
     """{name: settings for new_cache}."""
     return {f"SentenceKV, {name}": dict(s, budget=budget) for name, s in OPTIONS.items()}
@@ -147,7 +154,7 @@ def filled(k, v, group, layers=1, hosts=None, vocabulary=2, **settings):
         wait(k.device)                                                           # the pool is written
         for layer in range(1, layers):
             add_copy(cache, cache.layers[0])
-            cache.pool.reserve(layer, cache.slots, k.new_zeros(1, 1, H, 2, d))
+            cache.pool.reserve(layer, used_slots(cache), k.new_zeros(1, 1, H, 2, d))
     return cache
 
 def folded(q, k, v):

@@ -20,7 +20,7 @@ FUNCTIONS = [(sentencekv, "select", "ranking: pick"), (HostPool, "fetch", "fetch
              (model, "causal_attention", "attention"), (Dense, "attend", "attention")]
 PRODUCTS = (torch.Tensor.matmul, torch.matmul, torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.einsum)
 OPS = {**dict.fromkeys(PRODUCTS, "ranking: product"), F.scaled_dot_product_attention: "attention",
-       torch.stack: "packing", torch.Tensor.contiguous: "packing", torch.linalg.vector_norm: "watch for NaN"}
+       torch.stack: "packing", torch.Tensor.contiguous: "packing", torch.Tensor.aminmax: "watch for NaN"}
 
 class Parts(TorchFunctionMode):
     """While it lasts, tells where the time goes: ms {part: milliseconds}; moved: bytes that fetch and write moved.

@@ -242,6 +242,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         report = Report(args)
+        measure.fair(args.device)
         chosen = [f for f, wanted in ((layer, not args.prefill and not args.model), (whole, args.model),
                                       (prefill, args.prefill)) if wanted]
         args.parts = args.parts or args.quick
