@@ -1561,6 +1561,20 @@ def test_numbers_as_large_as_float16_can_hold_are_no_fault():
     feed.push(3, v=torch.full((1, 1, 2, 3, 8), 65504.0).half(), k=torch.full((1, 1, 2, 3, 8), 60.0).half())
 
 
+def test_products_beyond_what_float16_can_hold_still_tell_the_better_sentence():
+    """q . k is 80,000 for the first sentence and 96,000 for the second; float16 ends at 65,504."""
+    tokens, d = torch.tensor([[1, 1, 1, 2] * 30]), 64
+    k = torch.ones(1, 1, 1, 120, d)
+    k[..., 4:8, :], k[..., 8:12, :] = 50, 60
+    feed = Feed(0, 1, 1, 1, d=d, budget=24, sink=2, recent=6, max_sentence=4, rank="mean", dtype=torch.float16)
+    feed.push(120, tokens, q=torch.ones(1, 1, 1, 120, d).half(), k=k.half())
+    feed.push(1, q=torch.full((1, 1, 1, 1, d), 25.0).half())
+    sentence, taken = (x.flatten().tolist() for x in feed.cache.fetched())
+    assert sentence[:2] == [2, 1] and taken[:2] == [4, 4]            # the sink has cut two tokens off the first
+    alpha = sentencekv.importance(torch.full((1, 1, 2, d), 60.0).half(), k[0].half(), torch.tensor([[118, 119]]))
+    assert alpha.isfinite().all() and alpha[0, 8:12].sum() > 1.99
+
+
 def test_memory_that_cannot_be_pinned_is_used_as_it_is_with_one_warning(monkeypatch):
     zeros, pool = torch.zeros, sentencekv.HostPool(torch.device("cpu"))
     pool.pinned = True
