@@ -432,16 +432,8 @@ class SentenceKV:
         self.current.copy_(ids[:, -1])
         self.starts = starts[:, -1]                                              # (B,) does the last token start one?
         self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
-        # Room for them and for 64 more, each of which starts one sentence at most.
         if look:
-            self.pool.wait()                                                     # no fetch uses what is replaced now
-            self.text = F.pad(self.text, (0, self.length + T + 64 - self.text.shape[1]), value=-1)
-            extra = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
-            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, extra)), dim=1)             # unborn: start at the end
-            self.first = grown(self.first)
-            for mem in self.layers:
-                mem.vectors = F.pad(mem.vectors, (0, 0, 0, extra))
-                mem.start = None if mem.start is None else grown(mem.start)
+            self._make_room(T)
         # The table of sentences.
         self.text.scatter_(1, position, tokens.int())
         self.lengths += new
@@ -450,9 +442,11 @@ class SentenceKV:
         self.added = torch.searchsorted(ids.masked_fill(~real, s.shape[1]), s)   # (B, S + 1) new tokens before each
         self.first += self.added
         if look:  # rank so many that they fill the budget whichever they are: as the shortest do, and those born next
-            size = self.first.diff().sort(1).values                              # (B, S); 0: unborn
+            size, most = self.first.diff().sort(1).values, min(self.first.shape[1] - 1, self.budget)         # 0: unborn
             enough = int(((size.cumsum(1) < self.budget) & (size > 0)).sum(1).max()) + 65
-            self.ranked = min(self.first.shape[1] - 1, self.budget, enough if self.prompt is None else self.budget)
+            enough = most if self.prompt is not None else min(enough, most)      # pruned ones may be as short as can be
+            if T > 1 or self.ranked < enough:                                    # seldom another number: CUDA graphs
+                self.ranked = min(enough + 64, most)
         # far: sentences wholly before the recent window, so also the index of the one that the tail starts with.
         oldest = (self.lengths - self.recent).clamp(min=0)[:, None]              # (B, 1)
         self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)     # (B, 1)
@@ -460,6 +454,20 @@ class SentenceKV:
         self.since = self.refresh if T > 1 else self.since % self.refresh + 1    # tokens since a fetch, with this one
         self.plan = self._plan(self.lengths[:, None] - 1) if T == 1 and self.since == 1 else None
         return position
+
+    def _make_room(self, T):
+        """For T tokens and 64 more, each of which starts one sentence at most; when generating, seldom and for many."""
+        self.pool.wait()                                                         # no fetch uses what is replaced now
+        if self.text.shape[1] < self.length + T + 64:
+            self.text = F.pad(self.text, (0, self.length // 8 + T + 1024), value=-1)
+        extra = int(self.current.max()) + 65 - self.first.shape[1]
+        if extra > 0:
+            extra += (64 + self.first.shape[1] // 16) * (T == 1)
+            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, extra)), dim=1) # the unborn start after the last token
+            self.first = grown(self.first)
+            for mem in self.layers:
+                mem.vectors = F.pad(mem.vectors, (0, 0, 0, extra))
+                mem.start = None if mem.start is None else grown(mem.start)
 
     def _plan(self, base):
         """A fetch of tokens before position base (B, 1): near (B,) of them are always taken, those marked in is_near
@@ -571,7 +579,7 @@ class SentenceKV:
         self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
         self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
         self.text = self.first.new_zeros(len(self.first), 0, dtype=torch.int32)  # (B, room) tokens, -1: none
-        self.plan, self.since = None, self.refresh
+        self.plan, self.since, self.ranked = None, self.refresh, 0
         self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
     def new_layer(self, H, Hq, d, dtype):
