@@ -722,6 +722,11 @@ def test_impossible_calls_say_what_to_change():
     for tokens in (torch.ones(5, dtype=torch.long), torch.ones(1, 0, dtype=torch.long), torch.ones(1, 5)):
         with pytest.raises(ValueError, match=r"tokens must be int64 of shape \(batch, at least 1\), got torch"):
             Feed(0).cache.begin(tokens)
+    for row in ([-1, -1, 1, 2, 1], [1, -1, 2, 1, -1]):
+        with pytest.raises(ValueError, match="-1 is padding: it may only follow after the tokens of a row"):
+            Feed(0).cache.begin(torch.tensor([[1] * 5, row]))
+    with pytest.raises(ValueError, match="every piece of a prompt must have more than one token"):
+        Feed(0).push(1, more=5)
     feed = Feed(0, B=2, budget=64)
     with pytest.raises(ValueError, match="nothing was fetched yet"):
         feed.cache.fetched()
