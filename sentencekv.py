@@ -14,6 +14,7 @@ window moves no data, the device holds vectors alone, and nothing that is kept i
 A step: begin() notes which sentence the token belongs to, where the tail starts, and which slots are always fetched
 (once for all layers); then attend() in each layer ranks the sentences (RANKS), takes the best (select), fetches
 (HostPool), attends, stores the token's K and V, and makes the vector of its sentence anew. That is _decode and _fetch.
+For a first reading: RANKS and select, then the class from begin() to _fetch(); what is above them as it comes up.
 
 B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads, G = Hq / H of them share one.
     code               paper     shape                  where
@@ -400,6 +401,8 @@ class SentenceKV:
             self._look()
             self.before = self.slot.tolist()                                     # slots in use, per row
         new = (tokens >= 0).sum(1) if T > 1 else torch.ones_like(self.lengths)   # (B,) real tokens
+        need(T == 1 or torch.equal(tokens >= 0, torch.arange(T, device=tokens.device) < new[:, None]),
+             "-1 is padding: it may only follow after the tokens of a row")
         if self.unjudged and not more:                                           # the first prompt is complete
             lengths = self.lengths + new
             self.prune = int(lengths.max()) > self.survive
@@ -417,44 +420,54 @@ class SentenceKV:
         """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
         (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
         position = self.lengths[:, None] + t                                     # (B, T)
+        # Which of them start a sentence?
         flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
         flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
         size = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]
         starts, ended, self.size = segment(flags, self.ended, size, self.max_sentence)       # size: of the open one
         real = t < new[:, None]                                                  # (B, T)
         starts &= real & (position >= self.sink)
-        if look:
-            self.text = F.pad(self.text, (0, self.length + T + 64 - self.text.shape[1]), value=-1)
-        self.text.scatter_(1, position, tokens.int())
         ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
         self.ended.copy_(ended)
         self.current.copy_(ids[:, -1])
+        self.starts = starts[:, -1]                                              # (B,) does the last token start one?
+        self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
+        if look:
+            self._make_room(T)
+        # The table of sentences.
+        self.text.scatter_(1, position, tokens.int())
         self.lengths += new
         self.length = self.length + 1 if T == 1 else int(self.lengths.max())
-        if look:                                                                 # a token starts one sentence at most
-            self.pool.wait()                                                     # no fetch uses what is replaced now
-            extra = max(int(self.current.max()) + 65 - self.first.shape[1], 0)
-            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, extra)), dim=1)             # unborn: start at the end
-            self.first = grown(self.first)
-            for mem in self.layers:
-                mem.vectors = F.pad(mem.vectors, (0, 0, 0, extra))
-                mem.start = None if mem.start is None else grown(mem.start)
         s = torch.arange(self.first.shape[1], device=ids.device).repeat(B, 1)    # (B, S + 1)
         self.added = torch.searchsorted(ids.masked_fill(~real, s.shape[1]), s)   # (B, S + 1) new tokens before each
         self.first += self.added
-        self.starts = starts[:, -1]                                              # (B,) does the last token start one?
-        self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
         if look:  # rank so many that they fill the budget whichever they are: as the shortest do, and those born next
-            size = self.first.diff().sort(1).values                              # (B, S); 0: unborn
+            size, most = self.first.diff().sort(1).values, min(self.first.shape[1] - 1, self.budget)         # 0: unborn
             enough = int(((size.cumsum(1) < self.budget) & (size > 0)).sum(1).max()) + 65
-            self.ranked = min(self.first.shape[1] - 1, self.budget, enough if self.prompt is None else self.budget)
-        # far (B, 1): sentences wholly before the recent window, so also the index of the one that the tail starts with
+            enough = most if self.prompt is not None else min(enough, most)      # pruned ones may be as short as can be
+            if T > 1 or self.ranked < enough:                                    # seldom another number: CUDA graphs
+                self.ranked = min(enough + 64, most)
+        # far: sentences wholly before the recent window, so also the index of the one that the tail starts with.
         oldest = (self.lengths - self.recent).clamp(min=0)[:, None]              # (B, 1)
-        self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)
+        self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)     # (B, 1)
         self.tail = self.first.gather(1, self.far)                               # (B, 1) position
         self.since = self.refresh if T > 1 else self.since % self.refresh + 1    # tokens since a fetch, with this one
         self.plan = self._plan(self.lengths[:, None] - 1) if T == 1 and self.since == 1 else None
         return position
+
+    def _make_room(self, T):
+        """For T tokens and 64 more, each of which starts one sentence at most; when generating, seldom and for many."""
+        self.pool.wait()                                                         # no fetch uses what is replaced now
+        if self.text.shape[1] < self.length + T + 64:
+            self.text = F.pad(self.text, (0, self.length // 8 + T + 1024), value=-1)
+        extra = int(self.current.max()) + 65 - self.first.shape[1]
+        if extra > 0:
+            extra += (64 + self.first.shape[1] // 16) * (T == 1)
+            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, extra)), dim=1) # the unborn start after the last token
+            self.first = grown(self.first)
+            for mem in self.layers:
+                mem.vectors = F.pad(mem.vectors, (0, 0, 0, extra))
+                mem.start = None if mem.start is None else grown(mem.start)
 
     def _plan(self, base):
         """A fetch of tokens before position base (B, 1): near (B,) of them are always taken, those marked in is_near
@@ -464,24 +477,6 @@ class SentenceKV:
         near = torch.minimum(base, base - self.tail + self.sink)                 # (B, 1)
         is_far = torch.arange(self.first.shape[1] - 1, device=base.device) < self.far
         return SimpleNamespace(slot=slot, near=near[:, 0], is_near=j < near, is_far=is_far, queries=self.queries)
-
-    def _start(self, B, device):
-        """The state before the first token."""
-        self.flags, self.pool = self.flags.to(device), HostPool(device)
-        self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
-        self.unjudged, self.prompt, self.more = self.keep is not None, None, 0
-        self._rewind()
-
-    def _rewind(self):
-        """No token seen yet, as far as sentences are concerned. A decode step changes these in place (CUDA graphs)."""
-        zeros, S = torch.zeros_like, self.first.shape[1] if self.layers else 1
-        self.lengths = zeros(self.lengths)
-        self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
-        self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
-        self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
-        self.text = self.first.new_zeros(len(self.first), 0, dtype=torch.int32)  # (B, room) tokens, -1: none
-        self.plan, self.since = None, self.refresh
-        self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
     def attend(self, layer, q, k, v):
         """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d)."""
@@ -494,32 +489,40 @@ class SentenceKV:
         self._watch(layer, q, kv)
         return self._decode(layer, q, kv) if T == 1 else self._prompt(layer, q, kv)
 
-    def new_layer(self, H, Hq, d, dtype):
-        """All that one layer keeps on the device. What is fetched has one place for all layers, if it may be."""
-        (B, S), w = self.first[:, 1:].shape, self.rule.width * d
-        zeros = functools.partial(torch.zeros, device=self.first.device)
-        work = self.layers[0].work if self.layers and self.refresh == 1 else zeros(B, H, self.budget, 2, d, dtype=dtype)
-        self.layers.append(SimpleNamespace(
-            vectors=zeros(B, H, S, w, dtype=dtype),
-            open=zeros(B, H, w),                   # float32: what the keys of the open sentence have brought so far
-            query_sum=zeros(B, Hq, d),             # float32
-            work=work, valid=None,                 # valid (B, H, budget): which places are used
-            start=None,                            # (B, S + 1), after keep=r: slot of each sentence's first token
-            asked=zeros(B, Hq, self.window, d, dtype=dtype) if self.unjudged or self.prune else None,        # queries
-            fetched=None))                         # what select() has taken
+    def _decode(self, layer, q, kv):
+        """One token: fetch what it should see, attend to that and to itself. No loop, no sync but at looks."""
+        (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
+        # The first query of a sentence, or after a prompt, starts the sum anew.
+        # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
+        mem.query_sum.masked_fill_((self.queries == 1)[:, None, None], 0).add_(q[:, :, 0])
+        q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
+        self.pool.reserve(layer, self.reach, kv)
+        if self.plan is not None:
+            self._fetch(layer, q, self.plan)
+        self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
+        place = self.width + self.since - 1
+        mem.work[:, :, place], mem.valid[:, :, place] = kv[0], True
+        keys, values = mem.work.unbind(3)                                        # (B, H, budget, d) each, views
+        out = F.scaled_dot_product_attention(q, keys, values, mem.valid[:, :, None])         # Eq. 3, (B, H, G, d)
 
-    def _watch(self, layer, *tensors):
-        """Note the first layer and token where NaN or inf came in; the CPU says so now, CUDA when the host looks."""
-        fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
-        self.broken.copy_(torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer))
-        if not fine.is_cuda:
-            self._look()
+        # What the new key brings joins the open sentence; in the sink, where none is, that is overwritten by the first.
+        new, row = self.rule.brings(kv[0, :, :, 0].float()), torch.arange(B, device=q.device)
+        mem.open.copy_(torch.where(self.starts[:, None, None], new, self.rule.join(mem.open, new)))          # (B, H, w)
+        vector = self.rule.vector(mem.open, self.size[:, None, None]).to(kv.dtype)
+        mem.vectors[row, :, self.current.clamp(min=0)] = vector
+        return out.reshape(B, Hq, 1, d)
 
-    def _look(self):
-        """ValueError if NaN or inf has come in; the one look at what the device has noted."""
-        token, layer = divmod(int(self.broken), 4096)
-        need(token < 0, f"NaN or inf in q, k or v of layer {layer} within the first {token} tokens: this cache is of "
-             "no use from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
+    def _fetch(self, layer, q, plan):
+        """Rank the sentences for q (B, H, G, d), and fill the layer's places with what is near and with the best."""
+        mem, d = self.layers[layer], q.shape[3]
+        query = self.rule.query(q, mem.query_sum.view(q.shape), plan.queries[:, None, None, None]).mean(2)
+        scores = ((query * d ** -0.5).to(q.dtype)[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
+        start = self.first if mem.start is None else mem.start                   # (B, S + 1)
+        slot, valid, *mem.fetched = select(scores, start[:, :-1], start.diff() * plan.is_far, plan.near, self.width,
+                                           self.ranked)
+        slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))
+        self.pool.fetch(layer, F.pad(slot, (0, self.refresh)), mem.work)         # places not used: any slot
+        mem.valid = F.pad(valid, (0, self.refresh))
 
     def _prompt(self, layer, q, kv):
         """T > 1 tokens: exact attention to everything kept, then sort them into the pool."""
@@ -561,63 +564,50 @@ class SentenceKV:
         mem.vectors = vectors.to(k.dtype).permute(1, 2, 0, 3).contiguous()       # (B, H, S, w)
         mem.open.copy_(total[self.current.clamp(min=0), torch.arange(len(start), device=k.device)])
 
-    def _decode(self, layer, q, kv):
-        """One token: fetch what it should see, attend to that and to itself. No loop, no sync but at looks."""
-        (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
-        # The first query of a sentence, or after a prompt, starts the sum anew.
-        # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
-        mem.query_sum.masked_fill_((self.queries == 1)[:, None, None], 0).add_(q[:, :, 0])
-        q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
-        self.pool.reserve(layer, self.reach, kv)
-        if self.plan is not None:
-            self._fetch(layer, q, self.plan)
-        self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
-        place = self.width + self.since - 1
-        mem.work[:, :, place], mem.valid[:, :, place] = kv[0], True
-        keys, values = mem.work.unbind(3)                                        # (B, H, budget, d) each, views
-        out = F.scaled_dot_product_attention(q, keys, values, mem.valid[:, :, None])         # Eq. 3, (B, H, G, d)
+    def _start(self, B, device):
+        """The state before the first token."""
+        self.flags, self.pool = self.flags.to(device), HostPool(device)
+        self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
+        self.unjudged, self.prompt, self.more = self.keep is not None, None, 0
+        self._rewind()
 
-        # What the new key brings joins the open sentence; in the sink, where none is, that is overwritten by the first.
-        new, row = self.rule.brings(kv[0, :, :, 0].float()), torch.arange(B, device=q.device)
-        mem.open.copy_(torch.where(self.starts[:, None, None], new, self.rule.join(mem.open, new)))          # (B, H, w)
-        vector = self.rule.vector(mem.open, self.size[:, None, None]).to(kv.dtype)
-        mem.vectors[row, :, self.current.clamp(min=0)] = vector
-        return out.reshape(B, Hq, 1, d)
+    def _rewind(self):
+        """No token seen yet, as far as sentences are concerned. A decode step changes these in place (CUDA graphs)."""
+        zeros, S = torch.zeros_like, self.first.shape[1] if self.layers else 1
+        self.lengths = zeros(self.lengths)
+        self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
+        self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
+        self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
+        self.text = self.first.new_zeros(len(self.first), 0, dtype=torch.int32)  # (B, room) tokens, -1: none
+        self.plan, self.since, self.ranked = None, self.refresh, 0
+        self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
 
-    def _fetch(self, layer, q, plan):
-        """Rank the sentences for q (B, H, G, d), and fill the layer's places with what is near and with the best."""
-        mem, d = self.layers[layer], q.shape[3]
-        query = self.rule.query(q, mem.query_sum.view(q.shape), plan.queries[:, None, None, None]).mean(2)
-        scores = ((query * d ** -0.5).to(q.dtype)[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
-        start = self.first if mem.start is None else mem.start                   # (B, S + 1)
-        slot, valid, *mem.fetched = select(scores, start[:, :-1], start.diff() * plan.is_far, plan.near, self.width,
-                                           self.ranked)
-        slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))
-        self.pool.fetch(layer, F.pad(slot, (0, self.refresh)), mem.work)         # places not used: any slot
-        mem.valid = F.pad(valid, (0, self.refresh))
+    def new_layer(self, H, Hq, d, dtype):
+        """All that one layer keeps on the device. What is fetched has one place for all layers, if it may be."""
+        (B, S), w = self.first[:, 1:].shape, self.rule.width * d
+        zeros = functools.partial(torch.zeros, device=self.first.device)
+        work = self.layers[0].work if self.layers and self.refresh == 1 else zeros(B, H, self.budget, 2, d, dtype=dtype)
+        self.layers.append(SimpleNamespace(
+            vectors=zeros(B, H, S, w, dtype=dtype),
+            open=zeros(B, H, w),                   # float32: what the keys of the open sentence have brought so far
+            query_sum=zeros(B, Hq, d),             # float32
+            work=work, valid=None,                 # valid (B, H, budget): which places are used
+            start=None,                            # (B, S + 1), after keep=r: slot of each sentence's first token
+            asked=zeros(B, Hq, self.window, d, dtype=dtype) if self.unjudged or self.prune else None,        # queries
+            fetched=None))                         # what select() has taken
 
-    # What a cache can do beside this is in experiments/living.py: go on from here twice, forget, be saved and loaded.
+    def _watch(self, layer, *tensors):
+        """Note the first layer and token where NaN or inf came in; the CPU says so now, CUDA when the host looks."""
+        fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
+        self.broken.copy_(torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer))
+        if not fine.is_cuda:
+            self._look()
 
-    def fork(self):
-        """A second cache that goes on from here by itself; it shares the host pool, what is on the device is copied."""
-        from experiments.living import fork
-        return fork(self)
-
-    def truncate(self, lengths):
-        """Forget all but the first `lengths` tokens, one number or one per row: as if those had been one prompt."""
-        from experiments.living import truncate
-        truncate(self, lengths)
-
-    def save(self, path):
-        """Write all of it to one file; a kill at any moment leaves the file as it was, or the new one."""
-        from experiments.living import save
-        save(self, path)
-
-    @classmethod
-    def load(cls, path, model):
-        """The cache that was saved, for the same model; its pool stays in the file until it is used (memory-mapped)."""
-        from experiments.living import load
-        return load(cls, path, model)
+    def _look(self):
+        """ValueError if NaN or inf has come in; the one look at what the device has noted."""
+        token, layer = divmod(int(self.broken), 4096)
+        need(token < 0, f"NaN or inf in q, k or v of layer {layer} within the first {token} tokens: this cache is of "
+             "no use from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
 
     def tokens(self):
         """All tokens (B, length) that went in, -1 after the end of a shorter row."""
@@ -641,6 +631,29 @@ class SentenceKV:
         shared = [self.flags] + ([self.first, self.text] if self.pool else [])
         return {"device": sum(x.nbytes for x in shared) + sum(device.values()),
                 "host": sum(x.nbytes for x in self.pool.kv.values()) if self.pool else 0}
+
+    # What a cache can do beside this is in experiments/living.py: go on from here twice, forget, be saved and loaded.
+
+    def fork(self):
+        """A second cache that goes on from here by itself; it shares the host pool, what is on the device is copied."""
+        from experiments.living import fork
+        return fork(self)
+
+    def truncate(self, lengths):
+        """Forget all but the first `lengths` tokens, one number or one per row: as if those had been one prompt."""
+        from experiments.living import truncate
+        truncate(self, lengths)
+
+    def save(self, path):
+        """Write all of it to one file; a kill at any moment leaves the file as it was, or the new one."""
+        from experiments.living import save
+        save(self, path)
+
+    @classmethod
+    def load(cls, path, model):
+        """The cache that was saved, for the same model; its pool stays in the file until it is used (memory-mapped)."""
+        from experiments.living import load
+        return load(cls, path, model)
 
 def main():
     from experiments.ask import main  # the command line lives beside the method; see --help

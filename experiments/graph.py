@@ -4,37 +4,51 @@ import torch
 from model import demand
 from sentencekv import SentenceKV
 
-class GraphedStep:
-    """One decode step of a model with a SentenceKV on a CUDA device. It is recorded anew when the cache's shapes change.
+def state(cache):
+    """What a decode step reads of the steps before, changed in place: a graph works as long as all of it stays where it
+    is. The number of sentences that are ranked is a part of the graph, too."""
+    layers = [x for mem in cache.layers for x in (mem.vectors, mem.open, mem.query_sum, mem.work, mem.start)]
+    return [cache.lengths, cache.dropped, cache.current, cache.ended, cache.queries, cache.first, cache.text,
+            cache.broken, *layers, *cache.pool.kv.values(), cache.ranked]
 
-    A decode step changes the cache's state in place, so that a replay goes on where the last one ended. Only the host's
-    own numbers have to be kept up to date beside it.
-    """
+STEP, LAYER = ("slot", "size", "starts", "added", "far", "tail", "plan"), ("valid", "fetched")   # what a step tells
+
+class GraphedStep:
+    """One decode step of a model with a SentenceKV on a CUDA device, recorded anew when something has moved."""
 
     def __init__(self, model, cache):
         demand(type(cache) is SentenceKV and cache.refresh == 1, "a CUDA graph needs a SentenceKV with refresh=1")
-        self.model, self.cache, self.graph = model, cache, None
+        self.model, self.cache, self.graph, self.state = model, cache, None, []
 
     def steady(self):
-        """Will the next decode step launch what the last one did? Not if the host has to look, or without zero copy."""
-        c = self.cache
-        return c.plan is not None and c.length % 64 > 0 and c.pool.in_place
+        """Can a graph do the next decode step? Not if the host has to look, or if the CPU has to fetch."""
+        return self.cache.plan is not None and self.cache.length % 64 > 0 and self.cache.pool.in_place
+
+    def moved(self):
+        now = state(self.cache)
+        return len(now) != len(self.state) or any(a is not b for a, b in zip(now, self.state))
 
     def __call__(self, tokens):
         """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
         cache = self.cache
-        now = (cache.plan, cache.pool)                                           # others, after a step or fork elsewhere
-        if not self.steady() or self.graph and any(a is not b for a, b in zip(now, self.at)):
-            self.graph = None
-            return self.model.compute(tokens, cache)
+        if not self.steady() or self.moved():                                    # a step as ever, which may make room
+            logits = self.model.compute(tokens, cache)
+            if self.moved():
+                self.graph, self.state = None, state(cache)
+            return logits
         if self.graph is None:
             self.graph, self.tokens = torch.cuda.CUDAGraph(), tokens.clone()
             with torch.cuda.graph(self.graph):                                   # records, and runs nothing
                 self.logits = self.model.compute(self.tokens, cache)
                 cache.pool.wait()                                                # the side stream joins the graph
-            self.at = (cache.plan, cache.pool)
+            self.told = [({name: vars(x)[name] for name in names}) for x, names in self.tellers()]
         else:
-            cache.length += 1
+            cache.length += 1                                                    # the host's part of a step
+            for (x, _), told in zip(self.tellers(), self.told):
+                vars(x).update(told)
             self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
+
+    def tellers(self):
+        return [(self.cache, STEP), *((mem, LAYER) for mem in self.cache.layers)]
