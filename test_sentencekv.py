@@ -4014,7 +4014,7 @@ PREFILL = ["seconds", "peak", "parts", "share", "building"]
     ("bandwidth", 9, True, 0, 0, SPEEDS), ("bandwidth", 9, False, 0, 0, SPEEDS),
     ("fetch", 9, True, 0, 14, []), ("fetch", 9, False, 0, 4, []), ("small", 9, True, 0, 0, []),
     ("decode-128K", 45, True, 10, 1, ["memory", "weights", "parts", "thousand"]),
-    ("decode-8K", 9, True, 9, 0, ["memory", "weights", "parts"]), ("graph", 9, True, 2, 2, []),
+    ("decode-8K", 9, True, 9, 0, ["memory", "weights", "parts"]), ("graph", 9, True, 2, 4, []),
     ("prefill", 60, True, 0, 1, PREFILL), ("prefill", 9, True, 0, 0, PREFILL)])       # all of it, and out of time
 def test_a_section_of_the_gpu_check_runs_on_a_pretended_gpu(section, seconds, zero_copy, rows, checks, saved,
                                                            pretended_gpu, tmp_path, monkeypatch, capsys):
