@@ -6,8 +6,10 @@ check. A cache is tested alone, fed with random q, k and v, so that a failure na
 import base64
 import contextlib
 import copy
+import ctypes
 import doctest
 import functools
+import gc
 import hashlib
 import inspect
 import io
@@ -25,6 +27,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,6 +38,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentencekv
@@ -3810,19 +3814,152 @@ def test_parts_tell_where_the_time_and_the_bytes_go_and_leave_nothing_behind():
     assert before == (sentencekv.select, sentencekv.HostPool.fetch, sentencekv.RANKS["mean"].vector, SentenceKV.begin)
 
 
-class NoStream:
-    """Streams and events of a machine that does everything at once."""
+def tensors_in(*things):
+    """All tensors in CPU memory among things, and in lists of them."""
+    for x in things:
+        if isinstance(x, (list, tuple)):
+            yield from tensors_in(*x)
+        elif type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu":
+            yield x
 
-    def __init__(self, *_):
-        pass
 
-    wait_event = wait_stream = record = __init__
+class PretendedStream:
+    """A stream that does everything at once; an event as well."""
+
+    def __init__(self, device=None, enable_timing=False):
+        self.timed = enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        assert self.timed and end.timed, "events without enable_timing"
+        return 1e3 * (end.at - self.at)
+
+    def wait_stream(self, other):
+        assert isinstance(other, PretendedStream)
+
+    record_event, synchronize, wait_event = lambda self: PretendedStream(), lambda self: None, wait_stream
 
 
-def test_the_dense_caches_that_are_measured_are_dense(monkeypatch):
-    for name, fake in (("Stream", NoStream), ("Event", NoStream), ("current_stream", NoStream),
-                       ("stream", lambda _: nullcontext()), ("synchronize", lambda *_: None)):
-        monkeypatch.setattr(torch.cuda, name, fake)
+class PretendedGraph:
+    """The calls that were captured, with the tensors that they had and gave; replay() makes them anew, in place."""
+
+    def __init__(self):
+        self.calls, self.before = [], {}
+
+    def replay(self):
+        with torch._C.DisableTorchFunction():
+            for func, args, kwargs, result in self.calls:
+                for old, new in zip(tensors_in(result), tensors_in(func(*args, **kwargs))):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class PretendedGPU(TorchFunctionMode):
+    """While it lasts there is a CUDA device, in CPU memory: storages that were made on it are marked (`here`), and
+    their tensors say that they are on CUDA.
+
+    As with a real one: tensors of both sides cannot be mixed; moving a tensor copies it; pinned memory can be seen from
+    the device, if zero_copy; a sync is an error while a graph is captured, or if set_sync_debug_mode() says so; a
+    capture changes no memory; bytes on the device are counted. But all is done at once, and the bits are the CPU's.
+    """
+
+    def __init__(self, patch):
+        super().__init__()
+        self.zero_copy, self.strict, self.graph, self.bytes, self.peak = True, False, None, 0, 0
+        for name, fake in dict(
+                Stream=PretendedStream, Event=PretendedStream, CUDAGraph=PretendedGraph, graph=self.capture,
+                stream=nullcontext, current_stream=PretendedStream, is_available=lambda: True, _sleep=lambda n: None,
+                synchronize=lambda device=None: self.demand(not self.graph, "a sync while a graph is captured"),
+                is_current_stream_capturing=lambda: self.graph is not None, get_device_name=lambda device=None: "none",
+                set_sync_debug_mode=lambda mode: setattr(self, "strict", mode == "error"),
+                memory_stats=lambda: {"requested_bytes.all.current": self.bytes},
+                mem_get_info=lambda device: (1 << 30, 1 << 30), max_memory_allocated=lambda: self.peak,
+                reset_peak_memory_stats=lambda: setattr(self, "peak", self.bytes)).items():
+            patch.setattr(torch.cuda, name, fake)
+        generator = torch.Generator
+        patch.setattr(torch, "Generator", lambda device=None: generator())
+        patch.setattr(torch.Tensor, "record_stream", lambda x, stream: stream.wait_stream(stream))
+
+    def demand(self, ok, message):
+        if not ok:
+            raise RuntimeError(message)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.graph = graph
+        yield
+        self.graph = None
+        for storage, old in graph.before.values():
+            storage.copy_(old)
+
+    def count(self, more):
+        self.bytes += more
+        self.peak = max(self.peak, self.bytes)
+
+    def is_here(self, x):
+        return getattr(x.untyped_storage(), "here", False)
+
+    def alias(self, owner):
+        """Pinned memory as the device sees it: another storage at the same place."""
+        memory, host = owner.__cuda_array_interface__, owner.host.untyped_storage()
+        self.demand(self.zero_copy and host.pinned, "this memory cannot be seen from the device")
+        raw = (ctypes.c_uint8 * memory["shape"][0]).from_address(memory["data"][0])
+        raw.owner = owner
+        return torch.frombuffer(raw, dtype=torch.uint8)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, args, kwargs, device = func.__name__, list(args), dict(kwargs or {}), None
+        getter = func.__self__.__name__ if name == "__get__" else None
+        if getter in ("device", "is_cuda") and self.is_here(args[0]):
+            return torch.device("cuda", 0) if getter == "device" else True
+        if getter or func is torch.device:
+            return func(*args, **kwargs)
+        if name in ("cpu", "cuda"):
+            func, args = torch.Tensor.to, [args[0], name]
+        for held, key, x in [(args, *pair) for pair in enumerate(args)] + [(kwargs, *pair) for pair in kwargs.items()]:
+            if isinstance(x, torch.device) or type(x) is str and x in ("cpu", "cuda"):
+                device = torch.device(x).type
+                held[key] = "cpu" if device == "cuda" else x
+        pinned, given = kwargs.pop("pin_memory", False), list(tensors_in(*args, *kwargs.values()))
+        if name == "is_pinned":
+            return getattr(given[0].untyped_storage(), "pinned", False)
+        sides = {self.is_here(x) for x in given if x.ndim or self.is_here(x)}    # a CPU number goes with both
+        here = device == "cuda" if device else True in sides
+        moves = func is torch.Tensor.to and here != self.is_here(args[0])
+        waits = (moves or len(sides) == 2) and not kwargs.get("non_blocking") or True in sides and name in (
+            "item", "tolist", "nonzero", "equal", "__int__", "__bool__", "__float__", "__index__")
+        self.demand(len(sides) < 2 or name in ("copy_", "__setitem__"), f"{name}() of tensors on CUDA and on the CPU")
+        self.demand(not waits or not self.strict and not self.graph, f"{name}() waits for the device")
+        if moves:
+            args[0] = args[0].clone()
+        if hasattr(args and args[0], "__cuda_array_interface__"):
+            func, kwargs = self.alias, {}
+        if self.graph:
+            for storage in (x.untyped_storage() for x in given):
+                self.graph.before.setdefault(storage._cdata, (storage, storage.clone()))
+        result, known = func(*args, **kwargs), {x.untyped_storage()._cdata for x in given}
+        if self.graph:
+            self.graph.calls.append((func, args, kwargs, result))
+        for storage in (x.untyped_storage() for x in tensors_in(result)):
+            if storage._cdata not in known and not hasattr(storage, "here"):
+                storage.here, storage.pinned, size = here, pinned, here * (func != self.alias) * storage.nbytes()
+                self.count(size)
+                weakref.finalize(storage, self.count, -size)
+        return result
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    sentencekv.zero_copy_works.cache_clear()
+    with PretendedGPU(monkeypatch) as gpu:
+        yield gpu
+        gc.collect()                                                  # pools end while there is a device to wait for
+    sentencekv.zero_copy_works.cache_clear()
+
+
+def test_the_dense_caches_that_are_measured_are_dense(pretended_gpu):
     rng = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, 2, 300, 16, generator=rng) for _ in range(2))
     buffers = lambda x: measure.Dense.buffers(x, 3, 1 << 30)
@@ -3866,3 +4003,44 @@ def test_a_section_of_the_gpu_check_that_crashes_or_hangs_is_told_and_the_others
     assert [x["outcome"] for x in results.values()] == ["failed", "out of time", "ok"]
     assert (tmp_path / "out" / "gpu_check.svg").is_file()
     assert gpu_check.everything(["fine"], 0.001, tmp_path / "out") == 0
+
+
+def finite(x):
+    """Are all numbers in x, as read from JSON, finite?"""
+    inner = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+    return all(map(finite, inner)) and (type(x) not in (int, float) or math.isfinite(x))
+
+
+SPEEDS = ["to device", "to host", "on device", "zero_copy", *(f"{n} rows" for n in (1024, 8192, 32768, 131072))]
+PREFILL = ["seconds", "peak", "parts", "share", "building"]
+
+
+@pytest.mark.parametrize("section, seconds, zero_copy, rows, checks, saved", [
+    ("bandwidth", 9, True, 0, 0, SPEEDS), ("bandwidth", 9, False, 0, 0, SPEEDS),
+    ("fetch", 9, True, 0, 14, []), ("fetch", 9, False, 0, 4, []), ("small", 9, True, 0, 0, []),
+    ("decode-128K", 45, True, 10, 1, ["memory", "weights", "parts", "thousand"]),
+    ("decode-8K", 9, True, 9, 0, ["memory", "weights", "parts"]), ("graph", 9, True, 2, 4, []),
+    ("prefill", 60, True, 0, 1, PREFILL), ("prefill", 9, True, 0, 0, PREFILL)])       # all of it, and out of time
+def test_a_section_of_the_gpu_check_runs_on_a_pretended_gpu(section, seconds, zero_copy, rows, checks, saved,
+                                                           pretended_gpu, tmp_path, monkeypatch, capsys):
+    """On a tiny model. What it says about times means nothing, the rest is checked as on a real GPU."""
+    pretended_gpu.zero_copy, file = zero_copy, tmp_path / "section.json"
+    for shape in ("llama-3.1-8b", "llama-3.2-1b"):
+        monkeypatch.setitem(SHAPES, shape, SHAPES["tiny"])
+    for name, value in dict(RESULTS={}, BUDGET=128, CYCLE=2, PROMPT=2048, CHUNK=300, SHORT=500, LONG=600, MANY=150,
+                            COPIED=1 << 16).items():
+        monkeypatch.setattr(gpu_sections, name, value)
+    for name, n in (("8K", 500), ("128K", 600)):
+        monkeypatch.setitem(gpu_check.SECTIONS, f"decode-{name}", (seconds, gpu_check.decoding(n)))
+    monkeypatch.setenv("GPU_CHECK_FILE", str(file))
+    assert gpu_check.main(["--section", section, "--seconds", str(seconds)]) == 0      # so all checks are true
+    results = json.loads(file.read_text()) if file.exists() else {}
+    assert finite(results) and results.keys() == {*saved, *["rows"] * (rows > 0), *["checks"] * (checks > 0)}
+    assert len(results.get("checks", {})) == checks and len(results.get("rows", [])) == rows
+    assert all(0 < row["floor"] and 0 < row["low"] <= row["ms"] for row in results.get("rows", []))
+    if section == "decode-128K":
+        grown = results["thousand"]
+        assert 0 < grown["vectors grew"] <= grown["allocated grew"] < grown["vectors grew"] + 4096
+        gpu_check.targets({"any": {"rows": [{**row, "tokens": n} for row in results["rows"]
+                                            for n in (8192, 32768, 131072, 262144)]}})
+        assert capsys.readouterr().out.split("targets\n")[1].count("\n") == 6 * 6     # six variants, none left out

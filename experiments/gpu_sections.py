@@ -23,6 +23,8 @@ from sentencekv import HostPool, SentenceKV, device_alias, zero_copy_works
 
 SHAPE, BUDGET, CYCLE = "llama-3.1-8b", 1024, 8          # steps of a variant in turn; options with refresh have 8, too
 PROMPT, CHUNK = 1 << 18, 1 << 14                        # tokens of the prompt that is read, and of its pieces
+SHORT, LONG, MANY = 8192, 131072, 1000                  # tokens of a context; tokens that are generated in a row
+COPIED = 1 << 29                                        # bytes of a copy that is timed
 RESULTS = {}                                            # of this section: {name: value}
 
 def save(**results):
@@ -49,8 +51,9 @@ def rate(copy, nbytes, times=8):
         rates.append(nbytes / start.elapsed_time(end) / 1e6)
     return median(rates[2:])
 
-def bandwidths(size=1 << 29):
+def bandwidths():
     """GB/s: pinned memory to the device and back, and a copy on the device (bytes read and written)."""
+    size = COPIED
     host = torch.ones(size, dtype=torch.uint8, pin_memory=True)
     here, there = (torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     return {"to device": rate(lambda: here.copy_(host, non_blocking=True), size),
@@ -60,11 +63,11 @@ def bandwidths(size=1 << 29):
 def bandwidth(seconds):
     """Copies, and fetching rows of 512 bytes (K and V of a token and head) in place or by staging."""
     print(f"  {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-    speed, works = bandwidths(1 << 30), zero_copy_works(torch.device("cuda"))
+    speed, works = bandwidths(), zero_copy_works(torch.device("cuda"))
     print("  " + ", ".join(f"{name} {gbs:.1f} GB/s" for name, gbs in speed.items()))
     print(f"  zero copy {'works' if works else 'does NOT work: fetches are staged'}", flush=True)
     save(**speed, zero_copy=works)
-    kv = torch.ones(1 << 21, 256, dtype=torch.bfloat16, pin_memory=True)         # 1 GB of rows
+    kv = torch.ones(COPIED // 256, 256, dtype=torch.bfloat16, pin_memory=True)   # 1 GB of rows
     seen = device_alias(kv, torch.device("cuda")) if works else None
     for n in (1024, 8192, 32768, 131072):
         rows = torch.randint(len(kv), (n,), device="cuda")
@@ -180,7 +183,7 @@ def decode(n, seconds):
     start, model, speed = time.monotonic(), random_model(), bandwidths()
     c, weights = model.config, weights_read(model)
     names = [name for name, s in measure.options(BUDGET).items() if "keep" not in s]
-    names += ["dense, SDPA", "dense, matmul", "SentenceKV, spread, staged"] + ["dense, offloaded"] * (n == 131072)
+    names += ["dense, SDPA", "dense, matmul", "SentenceKV, spread, staged"] + ["dense, offloaded"] * (n == LONG)
     caches, shared = whole_model(model, n, BUDGET, names)
     caches["dense, 1024 tokens"] = whole_model(model, 1024, BUDGET, ["dense, SDPA"])[0]["dense, SDPA"]
     print(f"  {shared}; {time.monotonic() - start:.0f} s to fill the caches", flush=True)
@@ -188,7 +191,7 @@ def decode(n, seconds):
     steps = {name: (decoding(model, cache), 1 if "offloaded" in name else CYCLE, None)
              for name, cache in caches.items()}
     parts = {name: parts_of(step, cycle, "cuda", cycle) for name, (step, cycle, _) in steps.items()}
-    until = start + seconds - (50 if n == 131072 else 20)
+    until = start + seconds - (50 if n == LONG else 20)
     times, _ = interleaved(steps, 13, "cuda", until=until)
     for name, t in times.items():
         layer = 4 * n * c.num_key_value_heads * c.head_dim                       # bytes
@@ -199,26 +202,26 @@ def decode(n, seconds):
     growth(steps["SentenceKV, spread"][0], caches["SentenceKV, spread"], n, start + seconds)
 
 def growth(step, cache, n, end):
-    """1,000 tokens at 128K: what is added on the device but for vectors?"""
-    if n != 131072 or time.monotonic() > end - 25:
-        return print("  left out: 1,000 tokens in a row", flush=True) if n == 131072 else None
+    """MANY tokens at 128K: what is added on the device but for vectors?"""
+    if n != LONG or time.monotonic() > end - 25:
+        return print(f"  left out: {MANY:,} tokens in a row", flush=True) if n == LONG else None
     vectors = lambda: sum(mem.vectors.nbytes for mem in cache.layers) + cache.first.nbytes + cache.text.nbytes
     torch.cuda.synchronize()
     requested = lambda: torch.cuda.memory_stats()["requested_bytes.all.current"]
     before, allocated, start = vectors(), requested(), time.monotonic()
-    for _ in range(1000):
+    for _ in range(MANY):
         step()
     torch.cuda.synchronize()
     seconds, more, all_ = time.monotonic() - start, vectors() - before, requested() - allocated
     save(thousand={"seconds": seconds, "vectors grew": more, "allocated grew": all_})
-    check(all_ <= more * 1.02 + (1 << 20), f"1,000 tokens in {seconds:.1f} s: vectors, `first` and `text` grew by "
+    check(all_ <= more * 1.02 + (1 << 20), f"{MANY:,} tokens in {seconds:.1f} s: vectors, `first` and `text` grew by "
           f"{more / 1e6:.2f} MB, all that is allocated on the device by {all_ / 1e6:.2f} MB")
 
 def graph(seconds):
     """The same tokens with and without a CUDA graph, and the time of both."""
     model, speed, names = random_model(), bandwidths(), ["SentenceKV, spread", "SentenceKV, spread, graph"]
     weights = weights_read(model)
-    for n in (8192, 131072):
+    for n in (SHORT, LONG):
         caches, _ = whole_model(model, n, BUDGET, names)
         for one, other in zip(*(cache.layers for cache in caches.values())):     # sums of keys come in any order there
             other.vectors.copy_(one.vectors)
@@ -226,7 +229,8 @@ def graph(seconds):
         steps = {name: decoding(model, cache, name) for name, cache in caches.items()}
         plain, graphed = ([int(step()) for _ in range(80)] for step in steps.values())      # one after the other
         check(plain == graphed, f"{short(n)}: the same 80 tokens with and without a CUDA graph")
-        _, moved = parts_of(steps[names[0]], CYCLE, "cuda", CYCLE)
+        moved, seen = (parts_of(step, CYCLE, "cuda", CYCLE)[1] for step in steps.values())
+        check(seen < moved, f"{short(n)}: it is replayed")                       # since Parts does not see a replay
         times, _ = interleaved({name: (step, CYCLE, None) for name, step in steps.items()}, 13, "cuda")
         for name in names[1:]:                                                   # the other is told in "decode"
             tell(n, name, times[name], weights, moved, speed)
