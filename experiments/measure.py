@@ -54,14 +54,16 @@ def timed(f, device):
 def interleaved(variants, rounds, device, warm=2, until=float("inf")):
     """{name: [ms per step, one number a round]}, and the same of what comes before a step, if that is told apart.
 
-    variants {name: (step, n, before or None)}: n steps of each in turn, again and again; what re-selects only every
-    n-th step is thus measured over whole cycles. From the time `until` (time.monotonic) on, no round is begun but one.
+    variants {name: (step, n, before or None)}: n steps of each in turn, again and again, each time in another order, for
+    what runs before leaves its traces in CPU caches and memory; what re-selects only every n-th step is thus measured
+    over whole cycles. From the time `until` (time.monotonic) on, no round is begun but one.
     """
-    times, befores = {name: [] for name in variants}, {name: [] for name in variants}
+    times, befores, order = {name: [] for name in variants}, {name: [] for name in variants}, random.Random(0)
     for r in range(rounds + warm):
         if r > warm and time.monotonic() > until:
             break
-        for name, (step, n, before) in variants.items():
+        for name in order.sample([*variants], len(variants)):
+            step, n, before = variants[name]
             if before is None:
                 ms = timed(lambda: [step() for _ in range(n)], device), 0.0
             else:
