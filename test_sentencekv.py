@@ -419,6 +419,37 @@ def test_vectors_are_the_means_or_bounds_of_exactly_the_sentences_keys(seed, hea
 
 
 @quick
+@given(keep=st.sampled_from([None, 1.5]), share=st.floats(0, 1), **{**small, "budget": st.integers(17, 60)})
+def test_after_going_back_the_vectors_are_those_of_a_cache_that_never_read_more(seed, heads, B, words, T, budget, sink,
+                                                                               recent, rank, keep, share):
+    """Also of the sentence that was cut, and that goes on with other words."""
+    setting = dict(layers=2, words=words, budget=budget, sink=sink, recent=recent, rank=rank, keep=keep, window=2)
+    ours, other = Feed(seed, B, *heads, **setting), Feed(seed, B, *heads, **setting)
+    for feed in (ours, other):
+        feed.push(T + 30)
+    ours.push(12)
+    for _ in range(8):
+        ours.push(1)
+    n = T + 30 + int(share * 20)
+    ours.cache.truncate(n)
+    tokens = ours.plain.tokens = [row[:n] for row in ours.plain.tokens]
+    ours.k, ours.v = ours.k[..., :n, :], ours.v[..., :n, :]
+    if n > T + 31:                                                    # the other one reads just what is left
+        other.push(n - T - 30, torch.tensor(tokens)[:, T + 30:], k=ours.k[..., T + 30:, :], v=ours.v[..., T + 30:, :])
+    elif n == T + 31:
+        return
+    for _ in range(25):
+        ours.push(1)
+        other.push(1, torch.tensor(ours.plain.tokens)[:, -1:], ours.q, ours.k[..., -1:, :], ours.v[..., -1:, :])
+    assert torch.equal(ours.cache.current, other.cache.current)
+    for b, S in enumerate((ours.cache.current + 1).tolist()):         # of what comes after them nothing is asked
+        assert torch.equal(ours.cache.first[b, :S], other.cache.first[b, :S])
+        for mine, theirs in zip(ours.cache.layers, other.cache.layers):
+            assert_close(mine.vectors[b, :, :S], theirs.vectors[b, :, :S], torch.float32)
+            assert_close(mine.open[b], theirs.open[b], torch.float32)
+
+
+@quick
 @given(**small)
 def test_every_token_is_in_exactly_one_sentence_or_the_sink_and_the_pool_holds_its_bits(seed, heads, B, words, T,
                                                                                         budget, sink, recent, rank):
@@ -2919,7 +2950,15 @@ def test_the_readmes_two_commands_are_those_of_ci():
 def test_the_readme_names_every_file_and_every_setting():
     names = [p.name for p in ROOT.iterdir() if p.suffix in (".py", ".txt")]
     settings = list(inspect.signature(SentenceKV).parameters)
+    names += [p.name for p in (ROOT / "experiments").glob("*.py")]
     assert [name for name in names + settings if f"`{name}" not in README] == []
+
+
+def test_the_names_that_the_readme_gives_to_the_papers_symbols_are_in_the_code():
+    table = README.split("## The paper's symbols in the code")[1].split("**Different")[0]
+    names = {name for name in re.findall(r"`(\w+)`", table)}
+    code = (ROOT / "sentencekv.py").read_text(encoding="utf-8")
+    assert len(names) >= 15 and [name for name in names if not re.search(rf"\b{name}\b", code)] == []
 
 
 def test_docstring_examples_are_true():
