@@ -3786,9 +3786,11 @@ def test_steps_are_measured_over_whole_cycles_and_told_by_the_step(monkeypatch):
     monkeypatch.setattr(measure, "timed", lambda f, device: f() and 8.0 or 8.0)
     calls = []
     step, before = lambda: calls.append("step"), lambda: calls.append("before")
-    times, befores = measure.interleaved({"a": (step, 4, before), "b": (step, 4, None)}, 3, "cpu", warm=0)
-    assert times == {"a": [8.0] * 3, "b": [2.0] * 3} and befores == {"a": [8.0] * 3, "b": [0.0] * 3}
-    assert calls == (["before", "step"] * 4 + ["step"] * 4) * 3
+    times, befores = measure.interleaved({"a": (step, 4, before), "b": (step, 4, None)}, 9, "cpu", warm=0)
+    assert times == {"a": [8.0] * 9, "b": [2.0] * 9} and befores == {"a": [8.0] * 9, "b": [0.0] * 9}
+    a, b = ["before", "step"] * 4, ["step"] * 4
+    rounds = [calls[i:i + 12] for i in range(0, 9 * 12, 12)]          # every round has both, in another order
+    assert len(calls) == 9 * 12 and all(r in (a + b, b + a) for r in rounds) and a + b in rounds and b + a in rounds
 
 
 def test_the_docstring_examples_of_the_benchmark_are_true():
