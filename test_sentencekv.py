@@ -438,9 +438,10 @@ def test_after_going_back_the_vectors_are_those_of_a_cache_that_never_read_more(
         other.push(n - T - 30, torch.tensor(tokens)[:, T + 30:], k=ours.k[..., T + 30:, :], v=ours.v[..., T + 30:, :])
     elif n == T + 31:
         return
-    for _ in range(25):
-        ours.push(1)
-        other.push(1, torch.tensor(ours.plain.tokens)[:, -1:], ours.q, ours.k[..., -1:, :], ours.v[..., -1:, :])
+    for step in range(25):
+        out = ours.push(1)
+        same = other.push(1, torch.tensor(ours.plain.tokens)[:, -1:], ours.q, ours.k[..., -1:, :], ours.v[..., -1:, :])
+        assert_close(out, same)
     assert torch.equal(ours.cache.current, other.cache.current)
     for b, S in enumerate((ours.cache.current + 1).tolist()):         # of what comes after them nothing is asked
         assert torch.equal(ours.cache.first[b, :S], other.cache.first[b, :S])
@@ -1323,9 +1324,10 @@ def test_an_uneven_fork_makes_room_for_its_shortest_row():
         assert_close(model.prefill(ragged(more), fork), model.prefill(ragged(more), dense))
 
 
-def test_a_fork_between_two_fetches_fetches_for_itself():
+@pytest.mark.parametrize("kind, refresh", [(SentenceKV, 4), (Lookahead, 1), (Lookahead, 2)])
+def test_a_fork_between_two_fetches_fetches_for_itself(kind, refresh):
     rng, model = random.Random(3), toy_model(3)
-    cache, text = SentenceKV(TOY_FLAGS, budget=600, sink=2, recent=5, max_sentence=9, refresh=4), toy_text(rng, 50)
+    cache, text = kind(TOY_FLAGS, budget=600, sink=2, recent=5, max_sentence=9, refresh=refresh), toy_text(rng, 50)
     model.prefill(ragged([text]), cache)
     for id in toy_text(rng, 2):
         model(torch.tensor([[id]]), cache)
@@ -1494,6 +1496,7 @@ LIES = {
     "start negative": tensor("layer.0.start", lambda t: t - 10),
     "start too large": tensor("layer.0.start", lambda t: t + 1000),
     "start falls": tensor("layer.0.start", lambda t: t.flip(1)),
+    "start ends early": tensor("layer.0.start", lambda t: t.minimum(t.amax(1, keepdim=True) - 1)),
     "start wide": tensor("layer.0.start", lambda t: torch.cat((t, t[:, -1:].expand(-1, 99)), dim=1)),
     "start missing": tensor("layer.1.start", lambda t: None),
     "a tensor too many": lambda m, t: t.update({"layer.2.kv": t["layer.1.kv"]}),
