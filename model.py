@@ -196,7 +196,7 @@ class Llama(nn.Module):
         `progress(done, total)` is called after every layer of every chunk. MemoryError if it cannot fit.
         """
         T, L = tokens.shape[1], len(self.layers)
-        demand(chunk is None or type(chunk) is int and chunk > 1, f"chunk must be None or 2 at least, got {chunk!r}")
+        check_settings(chunk=chunk)
         self.check(tokens)
         self.check_memory(tokens, cache)
         cuts = [*range(0, T, chunk or T), T]
@@ -232,12 +232,7 @@ class Llama(nn.Module):
         end the cache holds for each row what it would hold had the row been alone: all but the token yielded last.
         chunk: see prefill; cuda_graph: see experiments/graph.py. ValueError, at the first step, for bad arguments.
         """
-        demand(type(max_new_tokens) is int and max_new_tokens >= 0,
-               f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
-        demand(0 <= temperature < math.inf, f"temperature must be finite and at least 0, got {temperature}")
-        demand(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
-        demand(seed is None or type(seed) is int and 0 <= seed < 1 << 63,
-               f"seed must be None or a whole number from 0 to 2^63 - 1, got {seed!r}")
+        check_settings(max_new_tokens, temperature, top_p, seed, chunk)
         step_of = lambda tokens: self(tokens, cache)
         if cuda_graph:
             from experiments.graph import GraphedStep
@@ -276,6 +271,16 @@ class Llama(nn.Module):
             from experiments.meta import load_meta
             return load_meta(path, device, dtype, progress)
         raise FileNotFoundError(f"{path}: no config.json (Hugging Face) and no params.json (Meta) in it")
+
+def check_settings(max_new_tokens=0, temperature=0.0, top_p=1.0, seed=None, chunk=None):
+    """ValueError for what prefill() and generate() cannot work with."""
+    demand(type(max_new_tokens) is int and max_new_tokens >= 0,
+           f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens!r}")
+    demand(0 <= temperature < math.inf, f"temperature must be finite and at least 0, got {temperature}")
+    demand(0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}")
+    demand(seed is None or type(seed) is int and 0 <= seed < 1 << 63,
+           f"seed must be None or a whole number from 0 to 2^63 - 1, got {seed!r}")
+    demand(chunk is None or type(chunk) is int and chunk > 1, f"chunk must be None or 2 at least, got {chunk!r}")
 
 def sample(logits, temperature=0.0, top_p=1.0, rng=None):
     """logits (B, V) -> ids (B,). Nucleus sampling; temperature 0 takes the largest logit."""

@@ -349,7 +349,8 @@ class SentenceKV:
              the window, rounded out to whole sentences, must not eat up what is left for fetching.
     refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
 
-    A prompt (T > 1) attends exactly to everything kept; a single token is a decode step. What cannot work: ValueError.
+    A prompt (T > 1) attends exactly to everything kept; a single token is a decode step, to which every row brings one.
+    Every forward calls attend() once for every layer, in order: nobody checks that. What cannot work: ValueError.
     """
 
     def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="spread",
@@ -377,7 +378,7 @@ class SentenceKV:
         self.keep, self.window, self.pool_width, self.rule = keep, window, pool, RANKS[rank]
         self.survive = None if keep is None else int(keep * budget)
         self.refresh, self.width = refresh, budget - refresh                     # places filled by a fetch
-        self.length, self.layers, self.pool, self.first, self.plan = 0, [], None, None, None
+        self.length, self.layers, self.pool, self.first, self.plan, self.shape = 0, [], None, None, None, None
 
     def begin(self, tokens, more=0):
         """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T).
@@ -387,7 +388,8 @@ class SentenceKV:
         """
         need(tokens.ndim == 2 and 0 not in tokens.shape and tokens.dtype in (torch.int64, torch.int32),
              f"tokens must be int64 of shape (batch, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
-        B, T = tokens.shape
+        need(type(more) is int and more >= 0, f"more must be the number of tokens that follow, got {more!r}")
+        B, T = self.shape = tuple(tokens.shape)
         if self.length == 0:
             self._start(B, tokens.device)
         need(B == len(self.lengths), f"this cache holds {len(self.lengths)} rows, got tokens for {B}: use a new cache")
@@ -478,11 +480,21 @@ class SentenceKV:
         is_far = torch.arange(self.first.shape[1] - 1, device=base.device) < self.far
         return SimpleNamespace(slot=slot, near=near[:, 0], is_near=j < near, is_far=is_far, queries=self.queries)
 
+    @torch.no_grad()
     def attend(self, layer, q, k, v):
-        """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d)."""
+        """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d).
+
+        All three are rotated by the positions that begin() has returned; no head of k and v is repeated.
+        """
         (B, Hq, T, d), H = q.shape, k.shape[1]
+        need((B, T) == self.shape, f"q {tuple(q.shape)} is not (B, Hq, T, d) for the tokens {self.shape} of begin()")
+        need(0 <= layer <= len(self.layers), f"layers come in order: there are {len(self.layers)}, got layer {layer}")
         if layer == len(self.layers):
             self.new_layer(H, Hq, d, k.dtype)
+        work = self.layers[layer].work                                           # (B, H, budget, 2, d)
+        need(k.shape == v.shape == (B, H, T, d) and (H, d, k.dtype) == (work.shape[1], work.shape[4], work.dtype),
+             f"this cache holds {work.dtype}, {work.shape[1]} KV heads of {work.shape[4]}, got k {tuple(k.shape)} of "
+             f"{k.dtype} and v {tuple(v.shape)}")
         if self.layers[layer].start is not None:
             self.layers[layer].start += self.added
         kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4).contiguous()      # (T, B, H, 2, d) as in the pool
@@ -616,8 +628,8 @@ class SentenceKV:
     def fetched(self):
         """What the last decode step fetched: sentence and taken, (layers, B, H, k) each, the best sentence first.
 
-        taken is the number of tokens fetched of it, from its start; sentence s of row b is tokens first[b, s] to
-        first[b, s + 1] - 1 of the text, as long as keep=r has dropped none of it.
+        taken is the number of tokens fetched of it, from its start (0: there was no room left); sentence s of row b is
+        tokens first[b, s] to first[b, s + 1] - 1 of the text, as long as keep=r has dropped none of it.
         """
         need(self.layers and self.layers[0].fetched, "nothing was fetched yet: this tells about the last decode step")
         self.pool.wait()

@@ -763,6 +763,39 @@ def test_impossible_calls_say_what_to_change():
             Feed(0).cache.begin(torch.tensor([[1] * 5, row]))
     with pytest.raises(ValueError, match="every piece of a prompt must have more than one token"):
         Feed(0).push(1, more=5)
+    with pytest.raises(ValueError, match="more must be the number of tokens that follow, got -1"):
+        Feed(0).push(5, more=-1)
+
+
+@pytest.mark.parametrize("message, layer, q, k, dtype", [
+    (r"q \(2, 4, 3, 8\) is not \(B, Hq, T, d\) for the tokens \(2, 4\)", 0, (2, 4, 3, 8), None, None),
+    (r"q \(2, 3, 4, 8\) is not", 0, (2, 3, 4, 8), (2, 3, 1, 8), None),              # heads and tokens swapped
+    (r"q \(1, 4, 3, 8\) is not", 0, (1, 4, 3, 8), (1, 2, 3, 8), None),
+    ("layers come in order: there are 2, got layer 3", 3, None, None, None), ("got layer -1", -1, None, None, None),
+    (r"2 KV heads of 8, got k \(2, 1, 3, 8\)", 1, None, (2, 1, 3, 8), None),
+    (r"2 KV heads of 8, got k \(2, 2, 3, 4\)", 1, (2, 4, 3, 4), (2, 2, 3, 4), None),
+    (r"this cache holds torch.float32, .* of torch.float16", 0, None, None, torch.float16),
+])
+def test_a_layer_that_does_not_fit_is_refused(message, layer, q, k, dtype):
+    cache = SentenceKV(TOY_FLAGS, budget=64)
+    if k is None and q is not None:
+        with pytest.raises(ValueError, match=r"for the tokens None of begin\(\)"):
+            cache.attend(0, *(torch.zeros(2, h, 3, 8) for h in (4, 2, 2)))
+    cache.begin(torch.ones(2, 3, dtype=torch.long))
+    for l in range(2):
+        cache.attend(l, *(torch.zeros(2, h, 3, 8) for h in (4, 2, 2)))
+    cache.begin(torch.ones(2, 3 + (k is None and q is not None), dtype=torch.long))
+    q, k = torch.zeros(q or (2, 4, 3, 8), dtype=dtype), torch.zeros(k or (2, 2, 3, 8), dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        cache.attend(layer, q, k, k)
+
+
+def test_a_model_that_tracks_gradients_can_decode():
+    cache, x = SentenceKV(TOY_FLAGS, budget=64), torch.ones(1, 1, 9, 4, requires_grad=True)
+    cache.begin(torch.ones(1, 9, dtype=torch.long))
+    cache.attend(0, x, x, x)
+    cache.begin(torch.ones(1, 1, dtype=torch.long))
+    assert not cache.attend(0, x[:, :, :1], x[:, :, :1], x[:, :, :1]).requires_grad
     feed = Feed(0, B=2, budget=64)
     with pytest.raises(ValueError, match="nothing was fetched yet"):
         feed.cache.fetched()
@@ -3037,12 +3070,18 @@ def test_a_text_without_a_question_is_continued(tmp_path, capsys):
     (["--temperature", "-1"], "error: temperature must be"),
     (["--device", "nonsense"], "error: --device nonsense cannot be used"),
     (["--save-cache", "nowhere/x"], "error: --save-cache nowhere/x: there is no such folder"),
+    (["--save-cache", "."], "error: --save-cache . is a folder"),
+    (["--load-cache", "x", "--ask", "?", "--paper"], "error: --paper does not go with --load-cache"),
+    (["--prompt-file", "checkpoints/tiny/model.safetensors"], "error: checkpoints/tiny/model.safetensors is no UTF-8"),
+    (["--chunk", "1"], "error: chunk must be"), (["--top-p", "0"], "error: top_p must be"),
+    (["--seed", "-1"], "error: seed must be"), (["--show", "-1"], "error: --show must be at least 0, got -1"),
     (["--max-new-tokens", "0"], "error: --max-new-tokens must be at least 1, got 0"),
 ])
-def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, capsys):
+def test_the_command_line_says_what_is_wrong_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     assert ask.main(["--device", "cpu", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert re.match(message, err) and err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert re.match(message, err) and err.count("\n") == 1 and not out     # before anything is read
 
 
 def test_help_explains_every_option(capsys):

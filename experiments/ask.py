@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import DenseKV, Llama
+from model import DenseKV, Llama, check_settings
 from sentencekv import PAPER, RANKS, SentenceKV, sentence_flags
 from tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def parse(argv):
     p.add_argument("--raw", action="store_true", help="no chat template, even if the tokenizer has Llama 3's tokens")
     p.add_argument("--dense", action="store_true", help="answer with the dense cache too, to compare")
     p.add_argument("--paper", action="store_true",
-                   help="the paper's settings: " + ", ".join(f"{k} {v}" for k, v in PAPER.items()))
+                   help="the paper's settings, also for the story: " + ", ".join(f"{k} {v}" for k, v in PAPER.items()))
     p.add_argument("--budget", type=int, help="most tokens attended to per step and head (default 1024; story: 256)")
     p.add_argument("--keep", type=float, help="keep only this times the budget of the prompt's tokens (default: all)")
     p.add_argument("--sink", type=int, help="first tokens, always attended (default 4)")
@@ -156,7 +156,10 @@ def prompts(args, tokenizer):
     first) -> its ids, and the ids that end an answer."""
     plain, facts = args.raw or "<|eot_id|>" not in tokenizer.added, []
     if args.prompt_file:
-        text = Path(args.prompt_file).read_text(encoding="utf-8")
+        try:
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{args.prompt_file} is no UTF-8 text: {e}")
     elif args.load_cache:
         text = ""
     else:
@@ -198,7 +201,7 @@ def conversations(args, model, tokenizer, dense):
     """{name: Conversation}: SentenceKV's, new or loaded, and before it the dense cache's if that is wanted."""
     given = settings(args, not args.prompt_file and not args.load_cache)
     if args.load_cache:
-        for name, value in {"prompt-file": args.prompt_file, "dense": args.dense, **given}.items():
+        for name, value in {"prompt-file": args.prompt_file, "dense": args.dense, "paper": args.paper, **given}.items():
             if value:
                 raise ValueError(f"--{name} does not go with --load-cache: text and settings are in the file")
         cache = Watched.load(args.load_cache, model)
@@ -213,6 +216,9 @@ def conversations(args, model, tokenizer, dense):
 def run(args):
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if args.show < 0:
+        raise ValueError(f"--show must be at least 0, got {args.show}")
+    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.chunk)     # now, not after reading
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
@@ -225,6 +231,8 @@ def run(args):
         torch.set_num_threads(1)                             # in a model this small threads only wait for each other
     if args.save_cache and not Path(args.save_cache).resolve().parent.is_dir():     # now, not after hours of reading
         raise ValueError(f"--save-cache {args.save_cache}: there is no such folder")
+    if args.save_cache and Path(args.save_cache).is_dir():
+        raise ValueError(f"--save-cache {args.save_cache} is a folder: give the name of a file")
     ids, asked, turn, stop = prompts(args, tokenizer)
     talks = conversations(args, model, tokenizer, dense=any(truth for _, truth in asked))
     ours = talks["SentenceKV"]

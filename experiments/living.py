@@ -196,6 +196,7 @@ def save(cache, path):
         header[name], at = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}, at + size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
+    demand(not path.is_dir(), f"{path} is a folder: give the name of a file")
     digest, unfinished = hashlib.sha256(), Path(f"{path}.unfinished")
     with open(unfinished, "wb") as f:
         for raw in [len(head).to_bytes(8, "little"), head, *map(raw_bytes, map(tensors.get, order))]:
