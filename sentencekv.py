@@ -350,7 +350,7 @@ class SentenceKV:
     refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
 
     A prompt (T > 1) attends exactly to everything kept; a single token is a decode step, to which every row brings one.
-    Every forward calls attend() once for every layer, in order: nobody checks that. What cannot work: ValueError.
+    What cannot work: ValueError.
     """
 
     def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="spread",
@@ -378,7 +378,9 @@ class SentenceKV:
         self.keep, self.window, self.pool_width, self.rule = keep, window, pool, RANKS[rank]
         self.survive = None if keep is None else int(keep * budget)
         self.refresh, self.width = refresh, budget - refresh                     # places filled by a fetch
-        self.length, self.layers, self.pool, self.first, self.plan, self.shape = 0, [], None, None, None, None
+        self.length, self.layers = 0, []
+        self.pool = self.first = self.plan = self.shape = None
+        self.turn = None                                                         # the layer that attends next
 
     def begin(self, tokens, more=0):
         """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T).
@@ -402,6 +404,8 @@ class SentenceKV:
         if look:
             self._look()
             self.before = self.slot.tolist()                                     # slots in use, per row
+        need(self.turn is None or self.turn == len(self.layers) > 0, f"begin() came when {self.turn} of "
+             f"{len(self.layers)} layers had attended: every forward needs all of them")
         new = (tokens >= 0).sum(1) if T > 1 else torch.ones_like(self.lengths)   # (B,) real tokens
         need(T == 1 or torch.equal(tokens >= 0, torch.arange(T, device=tokens.device) < new[:, None]),
              "-1 is padding: it may only follow after the tokens of a row")
@@ -413,7 +417,7 @@ class SentenceKV:
             self.unjudged = False
             if self.prune:
                 self.prompt, self.dropped = lengths, (lengths - self.survive).clamp(min=0)
-        self.more = more
+        self.more, self.turn = more, 0
         if look:
             self.reach = (self.survive if self.prune else max(self.before) + T) + 64 + more      # slots that must exist
         return self._note(tokens, new, look)
@@ -488,7 +492,8 @@ class SentenceKV:
         """
         (B, Hq, T, d), H = q.shape, k.shape[1]
         need((B, T) == self.shape, f"q {tuple(q.shape)} is not (B, Hq, T, d) for the tokens {self.shape} of begin()")
-        need(0 <= layer <= len(self.layers), f"layers come in order: there are {len(self.layers)}, got layer {layer}")
+        need(layer == self.turn, f"every layer attends once, in order: {self.turn} is next, got {layer}")
+        self.turn += 1
         if layer == len(self.layers):
             self.new_layer(H, Hq, d, k.dtype)
         work = self.layers[layer].work                                           # (B, H, budget, 2, d)

@@ -771,7 +771,7 @@ def test_impossible_calls_say_what_to_change():
     (r"q \(2, 4, 3, 8\) is not \(B, Hq, T, d\) for the tokens \(2, 4\)", 0, (2, 4, 3, 8), None, None),
     (r"q \(2, 3, 4, 8\) is not", 0, (2, 3, 4, 8), (2, 3, 1, 8), None),              # heads and tokens swapped
     (r"q \(1, 4, 3, 8\) is not", 0, (1, 4, 3, 8), (1, 2, 3, 8), None),
-    ("layers come in order: there are 2, got layer 3", 3, None, None, None), ("got layer -1", -1, None, None, None),
+    ("every layer attends once, in order: 0 is next, got 3", 3, None, None, None), ("got -1", -1, None, None, None),
     (r"2 KV heads of 8, got k \(2, 1, 3, 8\)", 1, None, (2, 1, 3, 8), None),
     (r"2 KV heads of 8, got k \(2, 2, 3, 4\)", 1, (2, 4, 3, 4), (2, 2, 3, 4), None),
     (r"this cache holds torch.float32, .* of torch.float16", 0, None, None, torch.float16),
@@ -785,9 +785,29 @@ def test_a_layer_that_does_not_fit_is_refused(message, layer, q, k, dtype):
     for l in range(2):
         cache.attend(l, *(torch.zeros(2, h, 3, 8) for h in (4, 2, 2)))
     cache.begin(torch.ones(2, 3 + (k is None and q is not None), dtype=torch.long))
+    if layer == 1:
+        cache.attend(0, *(torch.zeros(2, h, 3, 8) for h in (4, 2, 2)))
     q, k = torch.zeros(q or (2, 4, 3, 8), dtype=dtype), torch.zeros(k or (2, 2, 3, 8), dtype=dtype)
     with pytest.raises(ValueError, match=message):
         cache.attend(layer, q, k, k)
+
+
+def test_every_layer_attends_once_in_every_forward():
+    for T, after in ((5, 0), (5, 1), (1, 0), (1, 1)):
+        feed = Feed(0, layers=2, budget=64)
+        feed.push(20)
+        kv = [feed.random(1, h, T, 8) for h in (4, 2, 2)]
+        feed.cache.begin(torch.ones(1, T, dtype=torch.long))
+        for layer in range(after):
+            feed.cache.attend(layer, *kv)
+        with pytest.raises(ValueError, match=f"in order: {after} is next, got {1 - after}"):
+            feed.cache.attend(1 - after, *kv)                         # left out, or a second time
+        with pytest.raises(ValueError, match=rf"begin\(\) came when {after} of 2 layers had attended"):
+            feed.cache.begin(torch.ones(1, T, dtype=torch.long))
+    fresh = SentenceKV(TOY_FLAGS, budget=64)
+    fresh.begin(torch.ones(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"begin\(\) came when 0 of 0 layers"):
+        fresh.begin(torch.ones(1, 5, dtype=torch.long))
 
 
 def test_a_model_that_tracks_gradients_can_decode():

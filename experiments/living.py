@@ -115,6 +115,7 @@ def add_copy(cache, mem):
     """One more layer for the cache, with a copy of what `mem`, a layer, keeps; but with places of its own."""
     cache.new_layer(mem.vectors.shape[1], mem.query_sum.shape[1], mem.work.shape[-1], mem.work.dtype)
     vars(cache.layers[-1]).update({name: copied(x) for name, x in vars(mem).items() if name != "work"})
+    cache.turn = None                                                            # they have all attended
 
 def truncate(cache, lengths):
     """See SentenceKV.truncate. The mean query starts anew. ValueError for no token, for more than there are, or for a
@@ -137,8 +138,9 @@ def truncate(cache, lengths):
 def replay(cache, tokens):
     """The state after these tokens (B, T), whose keys and values are in the pool."""
     cache._rewind()
-    cache.length = 1                                                             # it has begun already
+    cache.length, cache.turn = 1, None                                           # it has begun already
     cache.begin(torch.nn.functional.pad(tokens, (0, 1), value=-1))               # two at least: a prompt
+    cache.turn = None
 
 def reopen(cache, layer):
     """Make the vector of the open sentences anew, of the keys that they still have."""
