@@ -987,6 +987,11 @@ def test_a_graph_is_captured_once_and_replayed_until_the_host_has_to_ask(monkeyp
     assert " ".join(log) == " ".join(anew + ["replay"] * 38 +         # from 600 to 640, where the host looks: more vectors
                                      anew + ["replay"] * 62 +         # to 704: a larger pool
                                      anew + ["replay"] * 62 + ["run"] + ["replay"] * 51)            # 768: nothing moved
+    del log[:]
+    twin = cache.fork()                                               # from now on it writes to a pool of its own
+    for _ in range(3):
+        step(torch.ones(1, 1, dtype=torch.long))
+    assert log == ["run", "capture", "run", "replay", "replay"] and int(twin.lengths) == 820
 
 
 @needs_cuda
