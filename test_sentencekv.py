@@ -1610,8 +1610,11 @@ def test_random_damage_to_a_cache_file_is_refused_or_harmless(tmp_path):
             continue
         harmless += 1
         assert i % 2 or damaged == raw                                # without a right checksum nothing gets through
-        logits = model(torch.tensor([[1], [1]]), loaded)              # and what does, works: keys are keys
-        assert logits.shape == (2, 6)
+        try:
+            logits = model(torch.tensor([[1], [1]]), loaded)          # and what does, works: keys are keys
+            assert logits.shape == (2, 6)
+        except ValueError as e:                                       # or are no numbers, if somebody signed that
+            assert i % 2 and "NaN or inf in q, k or v" in str(e)
     assert 0 < harmless < rounds / 2
 
 
@@ -2894,7 +2897,9 @@ def mutate_tokenizer(data, rng):
     """Damage a file: flip, drop or insert bytes, cut it, repeat a part, or swap numbers."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        at, kind = rng.randrange(len(data)), rng.randrange(6)
+        at, kind = rng.randrange(max(len(data), 1)), rng.randrange(6)
+        if not data:
+            break
         if kind == 0:
             data[at] = rng.randrange(256)
         elif kind == 1:

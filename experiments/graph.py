@@ -9,7 +9,7 @@ def state(cache):
     is. The number of sentences that are ranked is a part of the graph, too."""
     layers = [x for mem in cache.layers for x in (mem.vectors, mem.open, mem.query_sum, mem.work, mem.start)]
     return [cache.lengths, cache.dropped, cache.current, cache.ended, cache.queries, cache.first, cache.text,
-            cache.broken, *layers, *cache.pool.kv.values(), cache.ranked]
+            cache.broken, *layers, cache.pool, *cache.pool.kv.values(), cache.ranked]
 
 STEP, LAYER = ("slot", "size", "starts", "added", "far", "tail", "plan"), ("valid", "fetched")   # what a step tells
 
