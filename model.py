@@ -9,7 +9,7 @@ memory, as sentencekv.py does) is none of the model's business. A cache has two 
 
     begin(tokens)            tokens (B, T) that come next -> their positions (B, T); called once per forward.
                              Shorter rows of a prompt end with -1; begin(tokens, n): n more tokens of it follow
-    attend(layer, q, k, v)   q (B, Hq, T, d), k and v (B, Hkv, T, d), rotated -> (B, Hq, T, d); once per layer
+    attend(layer, q, k, v)   q (B, Hq, T, d), k and v (B, Hkv, T, d), q and k rotated -> (B, Hq, T, d); once per layer
 
 Shapes: B rows, T new tokens, N tokens in the cache, D model width, Hq query heads, Hkv key-value heads,
 G = Hq / Hkv query heads share one key-value head (GQA), d width of a head, V vocabulary.

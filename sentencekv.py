@@ -9,7 +9,7 @@ sentences, and a token budget is filled: the first tokens (sink), the last ones 
 
 Whether it came in a prompt or was generated, a token's K and V go to the host pool at once, and into the vector of its
 sentence. At a decode step one fetch brings all that is attended to, near or far. So a sentence that leaves the recent
-window moves no data, the device holds vectors alone, and nothing that is kept is ever unreachable.
+window moves no data, the device holds vectors and token ids, and nothing that is kept is ever unreachable.
 
 A step: begin() notes which sentence the token belongs to, where the tail starts, and which slots are always fetched
 (once for all layers); then attend() in each layer ranks the sentences (RANKS), takes the best (select), fetches
@@ -25,7 +25,7 @@ B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads
     mem.query_sum      Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
     query              qbar      (B, H, w)              device  mean over G of their mean (Eq. 2), or as the rule says
     pool.kv[l]         K, V      (C, B, H, 2, d)        host    every kept token: [..., 0, :] keys, [..., 1, :] values
-    mem.work           -         (B, H, budget, 2, d)   device  what is attended to in one step, one for all layers
+    mem.work           -         (B, H, budget, 2, d)   device  what is attended to in one step; refresh=1: once
     lengths, dropped   -         (B,)                   device  tokens so far; how many of them keep=r has dropped
     first              -         (B, S + 1)             device  sentence s is tokens first[s] to first[s + 1] - 1
     far, tail          -         (B, 1)                 device  number of far sentences; position where the tail starts
@@ -48,7 +48,7 @@ from torch.nn.attention.bias import causal_lower_right
 ALWAYS = tuple("。！？｡।॥؟۔።။។")       # ends a sentence whatever follows
 MAYBE = tuple(".!?…")                 # ends one if white space follows, so that 3.14 and example.com stay whole
 CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
-SOFT, HARD, EXTENDER, SPACE, START = 1, 2, 4, 8, 16    # what a token can be, see sentence_flags; START: a new text
+SOFT, HARD, EXTENDER, SPACE, START = 1, 2, 4, 8, 16    # what a token can be, see sentence_flags; START: sink ends
 
 def sentence_flags(token_bytes):
     """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
@@ -80,10 +80,10 @@ def continue_sentence(flag, ended, length, cap):
     ended: how the token before left its sentence: 0 open, SOFT closed if white space follows, HARD closed; length:
     tokens in the sentence so far.
     """
-    space, word = flag & SPACE > 0, flag & EXTENDER == 0
+    space, word = (flag & SPACE) > 0, (flag & EXTENDER) == 0
     over = (ended == HARD) | (ended == SOFT) & space             # white space after the full stop
-    start = over & word | (flag & START > 0) | (length % cap == 0)
-    closed = over | (flag & HARD > 0)                            # an extender may close it, but never opens it
+    start = over & word | ((flag & START) > 0) | (length % cap == 0)
+    closed = over | ((flag & HARD) > 0)                          # an extender may close it, but never opens it
     ended = word * (flag & (SOFT | HARD)) + (word == 0) * (closed * HARD + (closed == 0) * ended)
     return start, ended, (start == 0) * length + 1
 
@@ -488,7 +488,7 @@ class SentenceKV:
     def attend(self, layer, q, k, v):
         """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d).
 
-        All three are rotated by the positions that begin() has returned; no head of k and v is repeated.
+        q and k are rotated by the positions that begin() has returned; no head of k and v is repeated.
         """
         (B, Hq, T, d), H = q.shape, k.shape[1]
         need((B, T) == self.shape, f"q {tuple(q.shape)} is not (B, Hq, T, d) for the tokens {self.shape} of begin()")
@@ -561,8 +561,9 @@ class SentenceKV:
             mem.start = torch.searchsorted(kept, self.first)                     # survivors before each sentence
             new = kv = kv[kept.T, row]                                           # (survive, B, H, 2, d)
             slot = torch.arange(self.survive, device=q.device)[:, None].expand(-1, B)
-            self.pool.finish()
-            self.pool.kv.pop(layer, None)                                        # a piece before, not pruned yet
+            self.pool.finish()                                                   # pieces before, not pruned yet, go
+            self.pool.kv.pop(layer, None)
+            self.pool.seen.pop(layer, None)
         self.pool.reserve(layer, self.reach, kv)
         self.pool.write(layer, slot, new)
         if not self.more:

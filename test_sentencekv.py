@@ -28,6 +28,7 @@ import time
 import unicodedata
 import warnings
 import weakref
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from xml.etree import ElementTree
@@ -1247,6 +1248,16 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once_also_where_keep_prunes_it(
         assert_close(parts.push(1, torch.tensor(whole.plain.tokens)[:, -1:], whole.q, whole.k[..., -1:, :],
                                 whole.v[..., -1:, :]), step)
         assert torch.equal(fetched_tokens(parts.cache), fetched_tokens(whole.cache))
+
+
+def test_pruning_gives_the_memory_of_the_pieces_back_before_it_takes_more(monkeypatch):
+    feed, alive = Feed(0, budget=64, recent=8, keep=1, window=4), []
+    feed.push(200, more=100)
+    old = weakref.ref(feed.cache.pool.kv[0])
+    allocate = sentencekv.HostPool.allocate
+    monkeypatch.setattr(sentencekv.HostPool, "allocate", lambda *a: alive.append(old() is not None) or allocate(*a))
+    feed.push(100)
+    assert alive == [False] and len(feed.cache.pool.kv[0]) < 200
 
 
 def test_the_vectors_of_a_prompt_in_pieces_are_made_once():

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: hundreds of small kernels in one launch. model.generate(..., cuda_graph=True) uses it."""
+"""Decode steps as CUDA graphs: hundreds of small kernels in one launch. For model.generate(..., cuda_graph=True)."""
 import torch
 
 from model import demand
@@ -28,6 +28,10 @@ class GraphedStep:
         now = state(self.cache)
         return len(now) != len(self.state) or any(a is not b for a, b in zip(now, self.state))
 
+    def tellers(self):
+        """Who tells about a step, and the names of what."""
+        return [(self.cache, STEP), *((mem, LAYER) for mem in self.cache.layers)]
+
     def __call__(self, tokens):
         """tokens (B, 1) -> float32 logits (B, V), overwritten by the next call."""
         cache = self.cache
@@ -41,7 +45,7 @@ class GraphedStep:
             with torch.cuda.graph(self.graph):                                   # records, and runs nothing
                 self.logits = self.model.compute(self.tokens, cache)
                 cache.pool.wait()                                                # the side stream joins the graph
-            self.told = [({name: vars(x)[name] for name in names}) for x, names in self.tellers()]
+            self.told = [{name: vars(x)[name] for name in names} for x, names in self.tellers()]
         else:
             cache.length += 1                                                    # the host's part of a step
             for (x, _), told in zip(self.tellers(), self.told):
@@ -49,6 +53,3 @@ class GraphedStep:
             self.tokens.copy_(tokens)
         self.graph.replay()
         return self.logits
-
-    def tellers(self):
-        return [(self.cache, STEP), *((mem, LAYER) for mem in self.cache.layers)]
