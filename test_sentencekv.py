@@ -3459,6 +3459,19 @@ def test_a_cache_that_starts_from_a_recording_equals_one_that_read_the_prompt(la
 
 
 @torch.no_grad()
+def test_what_was_attended_to_is_told_of_the_layer_that_is_asked_for():
+    feed = Feed(0, Hq=2, H=1, layers=2, budget=40, sink=2, recent=5, refresh=2, max_sentence=9, dtype=torch.float32)
+    place = lambda t: t.view(1, 1, 1, -1, 1).float().expand(2, 1, 1, -1, 8)          # values are positions
+    feed.push(200, v=place(torch.arange(200)))
+    feed.push(1, v=place(torch.tensor([200])))
+    masks = [recording.attended(feed.cache, l)[0, 0] for l in range(2)]
+    assert not torch.equal(*masks)
+    for mask, sentence, taken in zip(masks, *feed.cache.fetched()):
+        first = feed.cache.first[0, sentence[0, 0]].tolist()
+        fetched = [f + i for f, n in zip(first, taken[0, 0].tolist()) for i in range(n)]
+        assert mask[fetched].all() and set(mask.nonzero().flatten().tolist()) == {*fetched, *feed.plain.near(0)}
+
+
 def test_recall_is_the_attention_mass_of_the_tokens_attended_to(lab):
     text, facts = story(500, seed=8)
     recorded, _ = lab.read(torch.tensor([lab.tokenizer.encode(text)]))
