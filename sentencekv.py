@@ -1,681 +1,577 @@
-"""SentenceKV (arXiv 2504.00970, COLM 2025) in one file: a KV cache that is kept as sentences.
+"""SentenceKV (arXiv 2504.00970, COLM 2025): a KV cache that is organized by sentence.
 
-A language model's KV cache grows with its context. Here the keys and values wait in CPU memory, cut into sentences.
-The accelerator holds one small semantic vector per sentence, layer and KV head; at every decode step these rank the
-sentences, and a token budget is filled: the first tokens (sink), the last ones (recent), then the best sentences.
+All keys and values are stored in CPU memory. The device (the accelerator that runs the model)
+stores one small semantic vector per sentence, layer and KV head. Every decode step ranks these
+vectors against the query and fetches whole sentences, best first, until the token budget is full.
+The sink (the first tokens of the text) and the recent sentences always rank first.
 
-    sink         | far: whole sentences, reached by their vectors   | tail: recent window, rounded out to sentences
-    always taken | the best are taken until the budget is full      | always taken
+    tokens of a forward --> begin(): cut into sentences                       once per forward
+    q, k, v of a layer  --> attend(), T > 1: exact causal attention           once per layer
+                                      T = 1: rank -> select -> fetch -> attention
+                            then append k, v to the host pool and to the vectors
 
-Whether it came in a prompt or was generated, a token's K and V go to the host pool at once, and into the vector of its
-sentence. At a decode step one fetch brings all that is attended to, near or far. So a sentence that leaves the recent
-window moves no data, the device holds vectors and token ids, and nothing that is kept is ever unreachable.
+Sections 1 to 4 are functions, one step of the method each. The class in section 6 calls them.
 
-A step: begin() notes which sentence the token belongs to, where the tail starts, and which slots are always fetched
-(once for all layers); then attend() in each layer ranks the sentences (RANKS), takes the best (select), fetches
-(HostPool), attends, stores the token's K and V, and makes the vector of its sentence anew. That is _decode and _fetch.
-For a first reading: RANKS and select, then the class from begin() to _fetch(); what is above them as it comes up.
+    code          paper       shape                 stored   meaning
+    budget        tau         int                            most tokens attended to per KV head
+    keep, window  r, N        numbers                        floor(r * tau) prompt tokens survive
+    alpha         alpha_i     (T,)                  device   importance of each prompt token
+    vectors       kbar_{s,h}  (B, H, S, w)          device   semantic vectors, w = d or 2d
+    query_mean    qbar        (B, H, G, d)          device   mean query of the current sentence
+    pool.kv       K, V        (B, C, H, 2, d)       host     all keys [..., 0, :] and values
+    attended      K_t, V_t    (B, H, budget, 2, d)  device   what one decode step attends to
 
-B rows of a batch, T new tokens, d head width, Hq query heads, H key-value heads, G = Hq / H of them share one.
-    code               paper     shape                  where
-    budget             tau       int                    -       most tokens attended to, per KV head and step
-    keep, window       r, N      numbers                -       floor(r * tau) tokens survive; N queries judge which
-    importance         alpha_i   (B, T)                 device  attention that a token gets from the window (Sec. 4.1)
-    mem.vectors        kbar_s,h  (B, H, S, w)           device  semantic vector of each sentence, w = d or 2d (Eq. 1)
-    mem.query_sum      Q_s       (B, Hq, d)             device  sum of the queries of the sentence being generated
-    query              qbar      (B, H, w)              device  mean over G of their mean (Eq. 2), or as the rule says
-    pool.kv[l]         K, V      (C, B, H, 2, d)        host    every kept token: [..., 0, :] keys, [..., 1, :] values
-    mem.work           -         (B, H, budget, 2, d)   device  what is attended to in one step; refresh=1: once
-    lengths, dropped   -         (B,)                   device  tokens so far; how many of them keep=r has dropped
-    first              -         (B, S + 1)             device  sentence s is tokens first[s] to first[s + 1] - 1
-    far, tail          -         (B, 1)                 device  number of far sentences; position where the tail starts
-    plan               -         see _plan              device  what a fetch takes in any case, the same in all layers
-`mem` is layers[l], what one layer keeps on the device (new_layer); the rest is kept once for all layers. A token's
-*position* counts the text, its *slot* the pool; they differ by what keep=r has dropped. Where we differ from the paper,
-and why, is said in place after the word "Paper:".
+B rows (batch), T new tokens, S sentences, C slots, d head width, Hq query heads, H KV heads; the
+G = Hq / H query heads of a group share a KV head. Differences from the paper follow "Paper:".
 """
-import functools
-import warnings
+import re
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-# ------------------------------------------------------------------------------------------------ 1. segmentation
-
-ALWAYS = tuple("。！？｡।॥؟۔።။។")       # ends a sentence whatever follows
-MAYBE = tuple(".!?…")                 # ends one if white space follows, so that 3.14 and example.com stay whole
-CLOSERS = "\"'`)]}»”’」』）】》〉"      # may stand between the full stop and the end
-SOFT, HARD, EXTENDER, SPACE, START = 1, 2, 4, 8, 16    # what a token can be, see sentence_flags; START: sink ends
-
-def sentence_flags(token_bytes):
-    """What each token of a vocabulary means for sentence ends: list of bytes (None: special token) -> (V,) uint8.
-
-    HARD ends a sentence, SOFT does if white space follows; an EXTENDER (closing quotes, white space) belongs to the
-    sentence that has just ended; SPACE begins with white space, or is an extender that has some. Made once per
-    tokenizer, from its own bytes.
-
-    >>> sentence_flags([b"end.", b".\\n\\n", b'."', b")", b" The", None]).tolist()
-    [1, 2, 1, 4, 8, 2]
-    """
-    flags = []
-    for raw in token_bytes:
-        text = "" if raw is None else raw.decode("utf-8", errors="replace")
-        bare = text.rstrip()
-        core = bare.rstrip(CLOSERS)
-        space = text[:1].isspace()
-        paragraph = "\n\n" in text or "\n\r\n" in text or "\u2029" in text
-        maybe = core.endswith(MAYBE)
-        hard = raw is None or paragraph or core.endswith(ALWAYS) or maybe and bare != text
-        extender = text and (not bare or not core and not space)                 # only white space, or only closers
-        space = space or extender and bare != text
-        flags.append(HARD * hard + SOFT * (maybe and not hard) + EXTENDER * bool(extender) + SPACE * bool(space))
-    return torch.tensor(flags, dtype=torch.uint8)
-
-def continue_sentence(flag, ended, length, cap):
-    """One token further -> (does it start a sentence?, ended, length). All Python ints, or all tensors (B,).
-
-    ended: how the token before left its sentence: 0 open, SOFT closed if white space follows, HARD closed; length:
-    tokens in the sentence so far.
-    """
-    space, word = (flag & SPACE) > 0, (flag & EXTENDER) == 0
-    over = (ended == HARD) | (ended == SOFT) & space             # white space after the full stop
-    start = over & word | ((flag & START) > 0) | (length % cap == 0)
-    closed = over | ((flag & HARD) > 0)                          # an extender may close it, but never opens it
-    ended = word * (flag & (SOFT | HARD)) + (word == 0) * (closed * HARD + (closed == 0) * ended)
-    return start, ended, (start == 0) * length + 1
-
-def segment(flags, ended, length, cap):
-    """Which of T new tokens start a sentence. One rule: a prompt is cut on the host, a single token on its device.
-
-    flags (B, T): of the new tokens; beside those of sentence_flags, START begins a sentence in any case. ended and
-    length (B,) are carried over from the tokens before, see continue_sentence. No sentence grows longer than `cap`.
-    Returns starts (B, T) bool and the new (ended, length).
-
-    >>> hello, stop, quote, says, two = 0, SOFT, EXTENDER, SPACE, SPACE         # hello . " says two
-    >>> segment(torch.tensor([[hello, stop, quote, says, two]]), torch.tensor([0]), torch.tensor([0]), 64)[0].int()
-    tensor([[1, 0, 0, 1, 0]], dtype=torch.int32)
-    """
-    if flags.shape[1] == 1:
-        start, ended, length = continue_sentence(flags[:, 0], ended, length, cap)
-        return start[:, None], ended, length
-    starts, states = [], []
-    for row, e, n in zip(flags.tolist(), ended.tolist(), length.tolist()):
-        starts.append([])
-        for flag in row:
-            start, e, n = continue_sentence(flag, e, n, cap)
-            starts[-1].append(start)
-        states.append((e, n))
-    return torch.tensor(starts, device=flags.device), *torch.tensor(states, device=flags.device).unbind(1)
-
-# ---------------------------------------------------------------------------- 2. prefill: what survives, and vectors
-
-def importance(q, k, position, pool=1):
-    """alpha (Sec. 4.1): the attention that each prompt token receives from the last N queries, summed over all heads.
-
-    q (B, Hq, N, d) are the queries of the prompt's last N tokens, position (B, N) where those stand, k (B, H, T, d) all
-    its keys -> (B, T) float32. pool > 1: a max-pool of that width over the tokens first. Paper: no pooling; the
-    authors' code pools, with width 7.
-    """
-    B, Hq, N, d = q.shape
-    H, T = k.shape[1:3]
-    q = q.reshape(B, H, Hq // H * N, d)                                          # G * N queries per KV head
-    future = torch.arange(T, device=q.device) > position[:, :, None]             # (B, N, T)
-    future = future.repeat(1, Hq // H, 1)                                        # (B, G * N, T)
-    alpha = torch.zeros(B, T, device=q.device)
-    for h in range(H):                                                           # one head at a time: (B, G * N, T)
-        logits = (q[:, h] * d ** -0.5 @ k[:, h].transpose(1, 2)).float()         # scaled first: float16 is small
-        alpha += logits.masked_fill(future, float("-inf")).softmax(-1).sum(1)
-    return F.max_pool1d(alpha[:, None], pool, stride=1, padding=pool // 2)[:, 0]
-
-def survivors(alpha, count, sink, tail, length):
-    """The `count` tokens that keep=r leaves, in order: alpha (B, T), tail (B, 1), length (B,) -> (B, count).
-
-    The first `sink` and those from `tail` on are always attended to, so they come first; then the highest alpha. A row
-    of fewer than `count` tokens keeps all of its own, in front.
-    Prompt-wide, not per sentence: a long dull sentence keeps few tokens (paper, A.7).
-    """
-    t = torch.arange(alpha.shape[1], device=alpha.device)
-    alpha = alpha.masked_fill((t < sink) | (t >= tail), float("inf")).masked_fill(t >= length[:, None], -1)
-    return alpha.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values    # ties: the earlier
-
-def reduce_keys(x, ids, S, how):
-    """x (N, B, w), row b's token i in sentence ids[i, b] of S -> (S, B, w); how: "sum" or "amax"."""
-    index = ids[:, :, None].expand(x.shape)
-    return x.new_zeros(S, *x.shape[1:]).scatter_reduce_(0, index, x, how, include_self=False)
-
-# ------------------------------------------------------------------------------------- 3. decode: rank and select
-
-def mean_and_deviation(total, n):
-    """(mean, standard deviation) of n keys, element by element, from the sum of their [k, k * k]: (..., 2d)."""
-    mean, square = (total / n).chunk(2, dim=-1)
-    return torch.cat((mean, (square - mean * mean).clamp(min=0).sqrt()), dim=-1)
-
-def halfway(q, total, n):
-    """The query halfway between q and the mean query, with the absolute values of its elements: (B, H, G, 2d)."""
-    q = (q + total / n) / 2
-    return torch.cat((q, q.abs()), dim=-1)
-
-# A rule says what each key k (..., d) of a sentence brings in, (..., w), and how that is joined, all at once or one by
-# one; the vector made of what n keys have brought; and what it is multiplied with, made of q and of the sum of the
-# sentence's n queries, (B, H, G, d) each. The G query heads of a group share one ranking: the mean of theirs.
-# Paper: "mean", qbar . kbar; but a mean is blind to a key that stands out. "bounds": no key of a sentence has a larger
-# product with q than relu(q) . max k + relu(-q) . max -k (as in Quest). "spread": how large a product can be expected,
-# q . mean k + |q| . deviation of k.
-RANKS = {
-    "mean": SimpleNamespace(width=1, brings=lambda k: k, join=torch.add, how="sum", vector=lambda total, n: total / n,
-                            query=lambda q, total, n: total / n),
-    "bounds": SimpleNamespace(width=2, brings=lambda k: torch.cat((k, -k), dim=-1), join=torch.maximum, how="amax",
-                              vector=lambda most, n: most,
-                              query=lambda q, total, n: torch.cat((q, -q), dim=-1).relu()),
-    "spread": SimpleNamespace(width=2, brings=lambda k: torch.cat((k, k * k), dim=-1), join=torch.add, how="sum",
-                              vector=mean_and_deviation, query=halfway),
-}
-PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7)   # settings of paper and code
-
-def select(scores, start, count, near, width, k):
-    """Whole sentences in descending score until the budget is full; the last one is cut (Algorithm 1).
-
-    scores (B, H, S); sentence s has count (B, S) tokens, from slot start (B, S) on; a count of 0: no candidate. There
-    are `width` places, the first near (B,) of them are taken; the best k sentences fill the rest, or what they can.
-    No loop and no ragged tensor: laid end to end, a place belongs to the last sentence that has begun there.
-    Returns slot (B, H, width), valid (B, H, width), sentence (B, H, k), taken (B, H, k): tokens taken of each.
-
-    >>> scores, start, count = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[0, 3, 5]]), torch.tensor([[3, 2, 4]])
-    >>> slot, valid, sentence, taken = select(scores, start, count, torch.tensor([1]), 6, 3)
-    >>> slot[0, 0, 1:].tolist(), sentence.tolist(), taken.tolist()
-    ([3, 4, 5, 6, 7], [[[1, 2, 0]]], [[[2, 3, 0]]])
-    """
-    (B, H, S), device = scores.shape, scores.device
-    start, count = start[:, None].expand(B, H, S), count[:, None].expand(B, H, S)
-    sentence = scores.masked_fill(count == 0, float("-inf")).topk(k, dim=-1).indices        # (B, H, k)
-    near = near[:, None, None].expand(B, H, 1)
-    stop = (count.gather(2, sentence).cumsum(-1) + near).clamp(max=width)       # (B, H, k) places begin .. stop - 1
-    begin = torch.cat((near, stop[..., :-1]), dim=-1)
-    begun = torch.zeros(B, H, width + 1, dtype=torch.long, device=device).scatter_add_(2, begin, torch.ones_like(begin))
-    owner = (begun.cumsum(-1)[..., :-1] - 1).clamp(min=0)                        # (B, H, width)
-    j = torch.arange(width, device=device)
-    return (start.gather(2, sentence) - begin).gather(2, owner) + j, j < stop[..., -1:], sentence, stop - begin
-
-def attend_causal(q, k, v, before, step=512):
-    """Exact attention of T new tokens to themselves and all before them, in slices: nothing ever has T * N elements.
-
-    q (B, Hq, T, d), k and v (B, H, N, d) -> (B, Hq, T, d); the new tokens of row b follow on its `before[b]` old ones.
-    """
-    if len(set(before)) > 1:                                                     # row by row
-        return torch.cat([attend_causal(*(x[b:b + 1] for x in (q, k, v)), [n], step) for b, n in enumerate(before)])
-    T, out = q.shape[2], []
-    for i in range(0, T, step):
-        t = min(step, T - i)
-        seen = before[0] + i + t                                                 # keys that the last of the t sees
-        out.append(F.scaled_dot_product_attention(q[:, :, i:i + t], k[:, :, :seen], v[:, :, :seen],
-                                                  causal_lower_right(t, seen), enable_gqa=True))
-    return torch.cat(out, dim=2)
-
-# ----------------------------------------------------------------------------------------------- 4. the host pool
-
-def device_alias(host, device):
-    """A CUDA tensor over the memory of a pinned CPU tensor: kernels that use it read over PCIe. RuntimeError if not."""
-    memory = dict(shape=(host.nbytes,), typestr="|u1", data=(host.data_ptr(), False), version=3)
-    owner = SimpleNamespace(__cuda_array_interface__=memory, host=host)          # lives as long as the alias
-    alias = torch.as_tensor(owner, device=device)
-    if alias.data_ptr() != host.data_ptr():
-        raise RuntimeError("the pinned memory was copied instead of mapped")
-    return alias.view(host.dtype).view(host.shape)
-
-@functools.cache
-def zero_copy_works(device):
-    """Try it: what the CPU writes after the alias was made must be what the GPU reads."""
-    try:
-        host = torch.zeros(1024, dtype=torch.int64, pin_memory=True, device="cpu")
-        alias = device_alias(host, device)
-        host += 7
-        return bool((alias == 7).all())
-    except (RuntimeError, TypeError, ValueError):
-        return False
-
-class HostPool:
-    """K and V of every kept token in CPU memory, per layer kv[l] (C, B, H, 2, d): slot after slot, room for C.
-
-    On CUDA the memory is pinned (PyTorch rounds pinned blocks up to a power of two), and kernels read and write it in
-    place (zero copy: no work for the CPU, no sync), writes on a side stream while the next layer computes. Where that
-    cannot be, the CPU gathers into a pinned buffer, which PyTorch hands out again when its copy is over.
-    """
-
-    def __init__(self, device):
-        self.device, self.kv, self.seen = device, {}, {}                         # seen[l]: kv[l] as the device sees it
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pinned = self.stream is not None
-        self.in_place = not self.pinned or zero_copy_works(device)
-
-    def reserve(self, layer, n, like):
-        """Room for n slots, with an eighth to spare so that generating rarely copies. like (t, B, H, 2, d)."""
-        old = self.kv.get(layer)
-        if old is None or n > len(old):
-            new = self.allocate((n + n // 8, *like.shape[1:]), like.dtype)
-            if old is not None:
-                self.finish()                                                    # no kernel uses the old one any more
-                new[:len(old)] = old
-            self.kv[layer] = new
-            self.seen[layer] = device_alias(new, self.device) if self.pinned and self.in_place else new
-
-    def allocate(self, shape, dtype):
-        """Zeros in host memory, pinned if that can be. MemoryError names the setting to change."""
-        try:
-            return torch.zeros(shape, dtype=dtype, pin_memory=self.pinned, device="cpu")
-        except RuntimeError as e:
-            if not self.pinned:
-                raise MemoryError(f"no host memory for {shape[0]} tokens of a layer: keep fewer (keep=...)") from e
-            warnings.warn("host memory could not be pinned: fetching through pageable memory, which is slower")
-            self.pinned = self.in_place = False
-            return self.allocate(shape, dtype)
-
-    def write(self, layer, slot, kv):
-        """Tokens kv (t, B, H, 2, d) from the device to slots (t, B)."""
-        t, B = slot.shape
-        rows = (slot * B + torch.arange(B, device=slot.device)).flatten()        # the pool seen as (C * B, H * 2 * d)
-        kv = kv.reshape(t * B, -1)
-        if not self.in_place:
-            self.kv[layer].view(-1, kv.shape[1]).index_copy_(0, rows.cpu(), kv.cpu())
-        else:
-            with self.aside(kv, rows):
-                self.seen[layer].view(-1, kv.shape[1]).index_copy_(0, rows, kv)
-
-    def read(self, layer, n):
-        """The first n slots of a layer, on the device: (n, B, H, 2, d)."""
-        self.wait()
-        return self.kv[layer][:n].to(self.device, non_blocking=True)
-
-    def fetch(self, layer, slot, out):
-        """out[b, h, i] = what row b and head h have in slot[b, h, i]. slot (B, H, n), out (B, H, n, 2, d): device."""
-        self.wait()
-        B, H, n = slot.shape
-        rows = (slot * (B * H) + torch.arange(B * H, device=slot.device).view(B, H, 1)).flatten()
-        out = out.view(B * H * n, -1)                                            # the pool seen as (C * B * H, 2 * d)
-        if self.in_place:
-            torch.index_select(self.seen[layer].view(-1, out.shape[1]), 0, rows, out=out)
-        else:
-            staging = torch.empty(out.shape, dtype=out.dtype, pin_memory=self.pinned, device="cpu")
-            torch.index_select(self.kv[layer].view(-1, out.shape[1]), 0, rows.cpu(), out=staging)
-            out.copy_(staging, non_blocking=True)
-
-    def wait(self):
-        """What comes next on the device comes after all writes so far."""
-        if self.stream is not None:
-            here = torch.cuda.current_stream(self.device)
-            if torch.cuda.is_current_stream_capturing():
-                self.stream.wait_stream(here)                                    # to be part of the CUDA graph
-            here.wait_stream(self.stream)
-
-    def aside(self, *tensors):
-        """A context in which the device works on the side stream, on what it has computed so far."""
-        if self.stream is None:
-            return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        for t in tensors:
-            t.record_stream(self.stream)                                         # not to be reused too early
-        return torch.cuda.stream(self.stream)
-
-    def finish(self):
-        """The device has done all it was told to. Before memory is let go: PyTorch does not know what uses an alias."""
-        if self.stream is not None:
-            torch.cuda.synchronize(self.device)
-
-    def __del__(self):
-        if getattr(self, "stream", None) is not None and not torch.cuda.is_current_stream_capturing():
-            self.finish()
-
-# --------------------------------------------------------------------------------------------------- 5. the cache
-
 def need(condition, message):
     if not condition:
         raise ValueError(message)
 
-class SentenceKV:
-    """The cache, for a model that calls begin(tokens) once per forward and attend(layer, q, k, v) in every layer.
+# ------------------------------------------------------------------------------ 1. Segmentation
 
-    flags    (V,) uint8 from sentence_flags: which tokens end sentences.
-    budget   most tokens that a KV head attends to at a decode step: sink + fetched + recent, nothing beside.
-    keep     r: after the first prompt the floor(r * budget) most important tokens survive (the paper).
-             None: all survive, so that a later question can be about anything.
-    sink     first tokens, always attended.
-    recent   last tokens, always attended, with the rest of the sentence that the oldest of them is in.
-    window   queries at the prompt's end that judge importance, and
-    pool     the width of the max-pool over it (odd; 1: none); both only used with keep=r.
-    rank     "spread", "bounds" or the paper's "mean": see RANKS.
-    max_sentence  longer sentences are cut here; default 64, or a third of what sink and recent leave if that is less:
-             the window, rounded out to whole sentences, must not eat up what is left for fetching.
-    refresh  n: choose and fetch anew at every n-th token only; what comes in between is attended to as it comes.
+ENDS = "。！？｡।॥؟۔።։။"            # a sentence ends after these
+MAY_END = ".!?…"                  # and after these if white space follows: "3.14" stays whole
+CLOSERS = "\"'`*_)]}»”’」』）】》〉"   # can follow the stop: quotes, brackets, Markdown
+OPENERS = "\"'`*_([{«“‘"          # can precede the last word
+NOTE = re.compile(r"\[[^][.!?]*\]")     # such as [2]: part of the sentence before it
+ABBREVIATIONS = frozenset(
+    "mr mrs ms dr ph.d prof st jr sr rev hon gen col maj capt lt sgt sen rep gov inc ltd co corp "
+    "vs cf ca mt ft fig eq vol pp jan feb mar apr jun jul aug sept sep oct nov dec".split())
+GOES_ON = ("…", "..", ". .", "etc.")    # these end no sentence before a lower-case word
+TAIL = 48                         # bytes of the open sentence that the rules look at
 
-    A prompt (T > 1) attends exactly to everything kept; a single token is a decode step, to which every row brings one.
-    What cannot work: ValueError.
+def starts_sentence(before, after):
+    """Whether the text `after` starts a sentence; `before` is the end of the open sentence.
+
+    >>> [starts_sentence("It rains.", " The"), starts_sentence("by Dr.", " Who")]
+    [True, False]
+    """
+    word = after.lstrip()
+    text = NOTE.sub("", before + after[:len(after) - len(word)])
+    end = text.rstrip()
+    gap = text[len(end):]                               # white space between stop and word
+    core = end.rstrip(CLOSERS)
+    if word == "" or (gap == "" and word[0] in CLOSERS):
+        return False                                    # belongs to the open sentence
+    if gap.count("\n") >= 2 or "\u2029" in gap:
+        return True                                     # a paragraph ends
+    if core == "" or word[0] in MAY_END + "[":
+        return False                                    # no sentence is open; ". . ." or "[2]"
+    stop = core[-1]
+    if word[0] in ENDS:
+        return word.lstrip(ENDS + CLOSERS).strip() != ""    # one token with stop and word: "。他"
+    if stop in ENDS:
+        return True
+    if gap == "" or stop not in MAY_END:
+        return False
+    if word[0].islower() and (core != end or core.endswith(GOES_ON)):
+        return False                                    # "Why?" he asked, "etc. and"
+    if not any(map(str.isalpha, core)):
+        return False                                    # no words yet: "1. Introduction"
+    return stop != "." or not is_abbreviation(core[:-1].split()[-1].lstrip(OPENERS))
+
+def is_abbreviation(word):
+    """Whether a full stop after this word ends no sentence: "Dr", "J", "U.S", but not "I"."""
+    letters = all(len(part) == 1 and part.isalpha() for part in word.split("."))
+    return word.lower() in ABBREVIATIONS or (letters and word != "I")
+
+def sentence_flags(token_bytes):
+    """The text of each token, for Segmenter: list of bytes (None: special) -> list of bytes.
+
+    A special token counts as a blank line, so it ends a sentence.
+    """
+    return [b"\n\n" if raw is None else raw for raw in token_bytes]
+
+class Segmenter:
+    """Cuts one row of tokens into sentences, one token at a time, on the host.
+
+    >>> row = Segmenter([b"<bos>", b"Hello", b".", b'"', b" He"], sink=1, max_sentence=64)
+    >>> [row.add(token) for token in (0, 1, 2, 3, 4, 1)]
+    [0, 1, 1, 1, 2, 2]
     """
 
-    def __init__(self, flags, *, budget=1024, keep=None, sink=4, recent=32, window=32, pool=1, rank="spread",
-                 max_sentence=None, refresh=1):
-        for name, value, least in (("budget", budget, 1), ("sink", sink, 0), ("recent", recent, 1),
-                                   ("window", window, 1), ("pool", pool, 1), ("max_sentence", max_sentence, 1),
-                                   ("refresh", refresh, 1)):
-            need(type(value) is int and value >= least or name == "max_sentence" and value is None,
-                 f"{name} must be a whole number of at least {least}, got {value!r}")
-        room = budget - sink - recent - refresh + 1
-        max_sentence = min(64, -(-room // 3)) if max_sentence is None else max_sentence
-        also = " + refresh - 1" if refresh > 1 else ""
-        need(room > 0, f"budget {budget} must exceed sink + recent{also} = {budget - room}: raise it or lower those")
-        need(max_sentence <= room, f"max_sentence {max_sentence} must fit into the rest of the budget = {room}")
-        need(keep is None or type(keep) in (int, float) and 1 <= keep < float("inf"),
-             f"keep must be None (keep all) or a number of at least 1, got {keep!r}")
-        need(pool % 2 == 1, f"pool must be odd, got {pool}")
-        need(rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {rank!r}")
-        need(isinstance(flags, torch.Tensor) and flags.dtype == torch.uint8 and flags.ndim == 1 and len(flags) > 0,
-             "flags must be the (vocabulary,) uint8 tensor that sentence_flags(token_bytes) returns")
-        self.settings = dict(budget=budget, keep=keep, sink=sink, recent=recent, window=window, pool=pool, rank=rank,
-                             max_sentence=max_sentence, refresh=refresh)
-        self.flags = torch.cat((flags, flags.new_tensor([0, EXTENDER])))         # [V]: unknown, a word; [-1]: padding
-        self.budget, self.sink, self.recent, self.max_sentence = budget, sink, recent, max_sentence
-        self.keep, self.window, self.pool_width, self.rule = keep, window, pool, RANKS[rank]
-        self.survive = None if keep is None else int(keep * budget)
-        self.refresh, self.width = refresh, budget - refresh                     # places filled by a fetch
-        self.length, self.layers = 0, []
-        self.pool = self.first = self.plan = self.shape = None
-        self.turn = None                                                         # the layer that attends next
+    def __init__(self, flags, sink, max_sentence):
+        self.flags = flags
+        self.sink = sink
+        self.max_sentence = max_sentence
+        self.tokens = []        # all tokens of the row
+        self.lengths = [0]      # tokens in each sentence; sentence 0 is the sink
+        self.tail = b""         # the end of the open sentence; a character can lie in two tokens
 
-    def begin(self, tokens, more=0):
-        """Take note of the tokens (B, T) that come next, for all layers at once; return their positions (B, T).
+    def add(self, token):
+        """Append a token, unless it is padding (-1); return the number of its sentence."""
+        if token >= 0:
+            position = len(self.tokens)
+            self.tokens.append(token)
+            new = self.flags[token] if token < len(self.flags) else b""
+            texts = [raw.decode(errors="replace") for raw in (self.tail, new)]
+            starts = starts_sentence(*texts)
+            self.tail = new if starts else (self.tail + new)[-TAIL:]
+            if position >= self.sink:
+                if starts or position == self.sink or self.lengths[-1] == self.max_sentence:
+                    self.lengths.append(0)
+            self.lengths[-1] += 1
+        return len(self.lengths) - 1
 
-        Prompts of different length are filled up with -1 on the right. more: so many tokens of this prompt follow in
-        further calls; vectors are made, and keep=r judges, when it is complete.
-        """
-        need(tokens.ndim == 2 and 0 not in tokens.shape and tokens.dtype in (torch.int64, torch.int32),
-             f"tokens must be int64 of shape (batch, at least 1), got {tokens.dtype} {tuple(tokens.shape)}")
-        need(type(more) is int and more >= 0, f"more must be the number of tokens that follow, got {more!r}")
-        B, T = self.shape = tuple(tokens.shape)
-        if self.length == 0:
-            self._start(B, tokens.device)
-        need(B == len(self.lengths), f"this cache holds {len(self.lengths)} rows, got tokens for {B}: use a new cache")
-        need(T > 1 or not (more or self.more), "every piece of a prompt must have more than one token")
-        # The host looks at the device's numbers with a prompt, and else once in 64 tokens, which is the one sync of a
-        # decode step; then it makes room for 64 more.
-        look = T > 1 or self.length % 64 == 0
-        self.slot = self.lengths - self.dropped                                  # (B,) where the first new token goes
-        self.prune = False
-        if look:
-            self._look()
-            self.before = self.slot.tolist()                                     # slots in use, per row
-        need(self.turn is None or self.turn == len(self.layers) > 0, f"begin() came when {self.turn} of "
-             f"{len(self.layers)} layers had attended: every forward needs all of them")
-        new = (tokens >= 0).sum(1) if T > 1 else torch.ones_like(self.lengths)   # (B,) real tokens
-        need(T == 1 or torch.equal(tokens >= 0, torch.arange(T, device=tokens.device) < new[:, None]),
-             "-1 is padding: it may only follow after the tokens of a row")
-        if self.unjudged and not more:                                           # the first prompt is complete
-            lengths = self.lengths + new
-            self.prune = int(lengths.max()) > self.survive
-            need(not self.prune or int(lengths.min()) >= self.window, f"the observation window of {self.window} tokens "
-                 f"is longer than the prompt of {int(lengths.min())}: lower window, or use keep=None")
-            self.unjudged = False
-            if self.prune:
-                self.prompt, self.dropped = lengths, (lengths - self.survive).clamp(min=0)
-        self.more, self.turn = more, 0
-        if look:
-            self.reach = (self.survive if self.prune else max(self.before) + T) + 64 + more      # slots that must exist
-        return self._note(tokens, new, look)
+    def sentence_of_last(self, n):
+        """The sentence that the last n tokens begin in."""
+        for number in reversed(range(len(self.lengths))):
+            n -= self.lengths[number]
+            if n <= 0:
+                break
+        return number
 
-    def _note(self, tokens, new, look):
-        """Cut the next tokens (B, T) into sentences, the first new (B,) of each row; return their positions (B, T)."""
-        (B, T), t = tokens.shape, torch.arange(tokens.shape[1], device=tokens.device)
-        position = self.lengths[:, None] + t                                     # (B, T)
-        # Which of them start a sentence?
-        flags = self.flags[tokens.clamp(max=len(self.flags) - 2)] * (position >= self.sink)
-        flags = flags | (position == self.sink) * START                          # the sink is no text to be cut
-        size = self.lengths - self.first.gather(1, self.current.clamp(min=0)[:, None])[:, 0]
-        starts, ended, self.size = segment(flags, self.ended, size, self.max_sentence)       # size: of the open one
-        real = t < new[:, None]                                                  # (B, T)
-        starts &= real & (position >= self.sink)
-        ids = self.current[:, None] + starts.cumsum(1)                           # (B, T) sentence of each; sink: -1
-        self.ended.copy_(ended)
-        self.current.copy_(ids[:, -1])
-        self.starts = starts[:, -1]                                              # (B,) does the last token start one?
-        self.queries.copy_(torch.where(self.starts, 1, self.queries + 1) * (T == 1))
-        if look:
-            self._make_room(T)
-        # The table of sentences.
-        self.text.scatter_(1, position, tokens.int())
-        self.lengths += new
-        self.length = self.length + 1 if T == 1 else int(self.lengths.max())
-        s = torch.arange(self.first.shape[1], device=ids.device).repeat(B, 1)    # (B, S + 1)
-        self.added = torch.searchsorted(ids.masked_fill(~real, s.shape[1]), s)   # (B, S + 1) new tokens before each
-        self.first += self.added
-        if look:  # rank so many that they fill the budget whichever they are: as the shortest do, and those born next
-            size, most = self.first.diff().sort(1).values, min(self.first.shape[1] - 1, self.budget)         # 0: unborn
-            enough = int(((size.cumsum(1) < self.budget) & (size > 0)).sum(1).max()) + 65
-            enough = most if self.prompt is not None else min(enough, most)      # pruned ones may be as short as can be
-            if T > 1 or self.ranked < enough:                                    # seldom another number: CUDA graphs
-                self.ranked = min(enough + 64, most)
-        # far: sentences wholly before the recent window, so also the index of the one that the tail starts with.
-        oldest = (self.lengths - self.recent).clamp(min=0)[:, None]              # (B, 1)
-        self.far = (torch.searchsorted(self.first, oldest, right=True) - 1).clamp(min=0)     # (B, 1)
-        self.tail = self.first.gather(1, self.far)                               # (B, 1) position
-        self.since = self.refresh if T > 1 else self.since % self.refresh + 1    # tokens since a fetch, with this one
-        self.plan = self._plan(self.lengths[:, None] - 1) if T == 1 and self.since == 1 else None
-        return position
+# ------------------------------------------- 2. Prefill: which tokens survive (only with keep=r)
 
-    def _make_room(self, T):
-        """For T tokens and 64 more, each of which starts one sentence at most; when generating, seldom and for many."""
-        self.pool.wait()                                                         # no fetch uses what is replaced now
-        if self.text.shape[1] < self.length + T + 64:
-            self.text = F.pad(self.text, (0, self.length // 8 + T + 1024), value=-1)
-        extra = int(self.current.max()) + 65 - self.first.shape[1]
-        if extra > 0:
-            extra += (64 + self.first.shape[1] // 16) * (T == 1)
-            grown = lambda x: torch.cat((x, x[:, -1:].expand(-1, extra)), dim=1) # the unborn start after the last token
-            self.first = grown(self.first)
-            for mem in self.layers:
-                mem.vectors = F.pad(mem.vectors, (0, 0, 0, extra))
-                mem.start = None if mem.start is None else grown(mem.start)
+def importance(q, k, pool=1):
+    """alpha_i (Sec. 4.1): attention that token i receives from the last N queries, all heads.
 
-    def _plan(self, base):
-        """A fetch of tokens before position base (B, 1): near (B,) of them are always taken, those marked in is_near
-        (B, width), from slot (B, width); the sentences marked in is_far (B, S) are ranked for the other places."""
-        j = torch.arange(self.width, device=base.device)
-        slot = torch.where(j < self.sink, j, self.tail - self.dropped[:, None] + j - self.sink)
-        near = torch.minimum(base, base - self.tail + self.sink)                 # (B, 1)
-        is_far = torch.arange(self.first.shape[1] - 1, device=base.device) < self.far
-        return SimpleNamespace(slot=slot, near=near[:, 0], is_near=j < near, is_far=is_far, queries=self.queries)
+    q (Hq, N, d), k (H, T, d), T > N -> (T,) float32. Paper: no pooling. The authors' code takes
+    the maximum over `pool` = 7 neighbors, except for the last N tokens.
+    """
+    (Hq, N, d), (H, T, _) = q.shape, k.shape
+    q = q.reshape(H, -1, d) * d ** -0.5                               # (H, G * N, d)
+    logits = (q @ k.transpose(1, 2)).float().view(Hq, N, T)
+    future = torch.ones_like(logits[0], dtype=torch.bool).triu(T - N + 1)
+    alpha = logits.masked_fill(future, float("-inf")).softmax(-1).sum((0, 1))
+    before = F.max_pool1d(alpha[None, :-N], pool, stride=1, padding=pool // 2)
+    return torch.cat((before[0], alpha[-N:]))
 
+def survivors(alpha, n):
+    """Prompt-wide (Sec. 4.1), the n most important tokens in text order: (T,) -> (n,)."""
+    order = alpha.sort(descending=True, stable=True).indices          # the earlier wins a tie
+    return order[:n].sort().values
+
+# ----------------------------------------------------------- 3. Semantic vectors and their rank
+
+# A rule says what the semantic vector of a sentence is, and how it is scored:
+#   features  what a key contributes, (..., d) -> (..., w); contributions are summed per sentence
+#   vector    that sum, over n keys -> semantic vector, (..., w)
+#   score     q, query_mean (B, H, G, d), vectors (B, H, S, w), candidates (B, S) -> (B, H, S)
+
+class Mean:
+    """The paper: mean query (Eq. 2) . mean key (Eq. 1). Misses a key unlike its neighbors."""
+
+    def features(k):
+        return k
+    def vector(total, n):
+        return total / n
+    def score(q, query_mean, vectors, candidates):
+        query = query_mean.mean(2, keepdim=True) * q.shape[-1] ** -0.5          # (B, H, 1, d)
+        return (query.to(vectors.dtype) @ vectors.transpose(2, 3)).squeeze(2)
+
+class Ball:
+    """The keys of a sentence as a ball: mean key m and radius r, the rms distance from the mean.
+
+    With x halfway between query and mean query, each sentence is seen in two ways: its center,
+    x . m, finds what the sentence is about; its edge, x . m + |x| r, finds a key that stands out.
+    A softmax over the sentences, per query head, makes the two comparable.
+    """
+
+    def features(k):
+        return torch.cat((k, (k * k).sum(-1, keepdim=True)), dim=-1)            # w = d + 1
+    def vector(total, n):
+        mean, square = (total / n).tensor_split((-1,), dim=-1)
+        variance = square - (mean * mean).sum(-1, keepdim=True)
+        return torch.cat((mean, variance.clamp(min=0).sqrt()), dim=-1)
+    def score(q, query_mean, vectors, candidates):
+        x = (q + query_mean) / 2 * q.shape[-1] ** -0.5                # (B, H, G, d)
+        length = x.norm(dim=-1, keepdim=True)
+        center = torch.cat((x, torch.zeros_like(length)), dim=-1)     # . (m, r) = x . m
+        edge = torch.cat((x, length), dim=-1)                         # . (m, r) = x . m + |x| r
+        views = torch.cat((center, edge), dim=2).to(vectors.dtype)    # (B, H, 2 * G, w)
+        logits = views @ vectors.transpose(2, 3)                      # (B, H, 2 * G, S)
+        logits = logits.masked_fill(~candidates[:, None, None], float("-inf"))
+        return logits.softmax(-1, dtype=torch.float32).sum(2)
+
+RANKS = {"mean": Mean, "ball": Ball}
+PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7,
+             max_sentence=64)
+
+# ------------------------------------------------------------------ 4. Selection and attention
+
+def enough_sentences(lengths, budget):
+    """This many sentences fill the budget, whichever they are: [4, 9, 2, 3], 6 -> 3."""
+    for n, total in enumerate(accumulate(sorted(lengths)), start=1):
+        if total >= budget:
+            break
+    return n
+
+def select(scores, count, places, k):
+    """Take whole sentences in descending score until all places are filled (Algorithm 1).
+
+    The last one is cut. scores (B, H, S); count (B, S): tokens of each sentence, which lie one
+    after the other in the pool; only the k best sentences are considered. Returns slot and used,
+    (B, H, places): where each place is fetched from, and if it is used; sentence and taken,
+    (B, H, k): the best sentences, and how many tokens are taken of each.
+
+    >>> scores, count = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[3, 2, 4]])
+    >>> slot, used, sentence, taken = select(scores, count, places=5, k=3)
+    >>> slot.tolist(), sentence.tolist(), taken.tolist()
+    ([[[3, 4, 5, 6, 7]]], [[[1, 2, 0]]], [[[2, 3, 0]]])
+    """
+    start = (count.cumsum(1) - count)[:, None].expand_as(scores)
+    count = count[:, None].expand_as(scores)
+    scores = scores.masked_fill(count == 0, float("-inf"))
+    sentence = scores.topk(k, dim=2).indices                          # (B, H, k)
+    # Lay these end to end. The sentence at place j is number "how many of them end before j".
+    end = count.gather(2, sentence).cumsum(2).clamp(max=places)       # (B, H, k)
+    begin = F.pad(end, (1, 0))[:, :, :-1]
+    ends = F.pad(torch.zeros_like(end[:, :, :1]), (0, places))        # (B, H, places + 1)
+    ends.scatter_add_(2, end, torch.ones_like(end))
+    owner = ends.cumsum(2)[:, :, :-1].clamp(max=k - 1)                # (B, H, places)
+    place = torch.arange(places, device=scores.device)
+    used = place < end[:, :, -1:]
+    shift = start.gather(2, sentence) - begin                         # from place to slot
+    slot = place + shift.gather(2, owner)
+    return slot.where(used, 0), used, sentence, end - begin
+
+def grouped_attention(q, k, v, mask=None):
+    """softmax(q K^T / sqrt(d)) V (Eq. 3) for one query per head; K and V are never repeated.
+
+    q (B, Hq, 1, d); k, v (B, H, N, d); mask (B, H, 1, N): keys to attend to -> (B, Hq, 1, d).
+    """
+    B, H, N, d = k.shape
+    grouped = q.reshape(B, H, -1, d)                                  # (B, H, G, d)
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+
+def causal_attention(q, k, v, step=512):
+    """Exact attention of T new tokens to all tokens before them and, causally, to each other.
+
+    q (B, Hq, T, d), k, v (B, H, N, d): the queries belong to the last T of the N tokens.
+    Returns (B, Hq, T, d). In parts of `step` queries: no (T, N) matrix is ever stored.
+    """
+    if q.shape[2] == 1:
+        return grouped_attention(q, k, v)
+    out, n = [], k.shape[2] - q.shape[2]
+    for part in q.split(step, dim=2):
+        n += part.shape[2]                                            # keys its last query sees
+        mask = causal_lower_right(part.shape[2], n)
+        out.append(F.scaled_dot_product_attention(
+            part, k[:, :, :n], v[:, :, :n], mask, enable_gqa=True))
+    return torch.cat(out, dim=2)
+
+# ------------------------------------------------------------------------------ 5. The host pool
+
+class HostPool:
+    """Keys and values of one layer in CPU memory, token after token.
+
+    On CUDA the memory is pinned. Writes run on a side stream while the next layer computes. To
+    fetch, the CPU gathers into a pinned buffer, and the device copies from that.
+    """
+
+    def __init__(self, B, H, d, dtype, device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.kv = self.allocate((B, 16, H, 2, d), dtype)              # (B, C, H, 2, d)
+        self.used = [0] * B                                           # slots that each row uses
+
+    def allocate(self, shape, dtype):
+        pinned = self.stream is not None
+        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+
+    def append(self, b, kv):
+        """Store tokens kv (H, n, 2, d), on the device, behind those of row b."""
+        kv = kv.transpose(0, 1).contiguous()                          # (n, H, 2, d)
+        start, end = self.used[b], self.used[b] + len(kv)
+        if end > self.kv.shape[1]:                                    # more room, and some spare
+            B, C, *shape = self.kv.shape
+            larger = self.allocate((B, end + end // 8 + 16, *shape), kv.dtype)
+            self.finish_writes()
+            larger[:, :C] = self.kv
+            self.kv = larger
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            kv.record_stream(self.stream)                             # its memory is in use
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            self.kv[b, start:end].copy_(kv, non_blocking=True)
+        self.used[b] = end
+
+    def fetch(self, slot, out):
+        """out (B, H, n, 2, d), on the device = what each row and head has in slot (B, H, n)."""
+        self.finish_writes()
+        B, C, H, _, d = self.kv.shape
+        row = torch.arange(B)[:, None, None] * C
+        index = (row + slot.cpu()) * H + torch.arange(H)[:, None]     # into (B * C * H, 2 * d)
+        buffer = out
+        if self.stream is not None:             # PyTorch reuses it only after the copy has ended
+            buffer = self.allocate(out.shape, out.dtype)
+        source, target = self.kv.view(-1, 2 * d), buffer.view(-1, 2 * d)
+        torch.index_select(source, 0, index.flatten(), out=target)
+        if self.stream is not None:
+            out.copy_(buffer, non_blocking=True)
+
+    def read(self, b):
+        """All tokens of row b, on the device: (H, n, 2, d)."""
+        self.finish_writes()
+        return self.kv[b, :self.used[b]].to(self.device).transpose(0, 1)
+
+    def finish_writes(self):
+        """Wait until the CPU can read what was appended."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+# ---------------------------------------------------------------------------------- 6. The cache
+
+@dataclass
+class Settings:
+    """Settings of SentenceKV. Raises ValueError for values that cannot work."""
+    budget: int = 1024          # most tokens that a KV head attends to in a decode step
+    keep: float = None          # r: floor(r * budget) tokens of the prompt survive; None: all
+    sink: int = 4               # first tokens, always attended to
+    recent: int = 8             # last tokens, always attended to, with the rest of their sentence
+    window: int = 32            # last queries of the prompt, which judge importance (keep=r)
+    pool: int = 1               # width of the max-pool over importance; 1: none (keep=r)
+    rank: str = "ball"          # a key of RANKS. Paper: "mean"
+    max_sentence: int = None    # longer ones are cut into pieces; None: 6, less if budget is small
+
+    def __post_init__(self):
+        room = self.budget - self.sink - self.recent
+        need(room > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - room}")
+        if self.max_sentence is None:
+            self.max_sentence = min(6, -(-room // 3))
+        for name in ("budget", "sink", "recent", "window", "pool", "max_sentence"):
+            value = getattr(self, name)
+            need(type(value) is int and value >= (name != "sink"),
+                 f"{name} must be an int of at least {int(name != 'sink')}, got {value!r}")
+        need(self.max_sentence <= room, f"max_sentence {self.max_sentence} must be at most {room}: "
+             "what sink and recent leave of the budget")
+        need(self.keep is None or type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
+             f"keep must be None or a number of at least 1, got {self.keep!r}")
+        need(self.keep is None or self.window <= self.keep * self.budget,
+             "window must be at most keep * budget")
+        need(self.pool % 2 == 1, f"pool must be odd, got {self.pool}")
+        need(self.rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
+
+class SentenceKV:
+    """The cache, for a model that calls begin(tokens) per forward and attend() in every layer.
+
+    flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: the class of the pools.
+    T > 1 tokens are a prompt, a piece of it, or a follow-up: attention is exact. T = 1 is a decode
+    step. keep=r drops tokens at the first decode step, when the prompt is complete.
+    """
+
+    def __init__(self, flags, *, host_pool=HostPool, **settings):
+        self.settings = Settings(**settings)
+        self.rule = RANKS[self.settings.rank]
+        self.flags, self.host_pool = list(flags), host_pool
+        self.rows = []          # one Segmenter per row of the batch: the text, on the host
+        self.length = 0         # tokens in the longest row
+        self.queries = []       # for each row, how many queries query_mean is the mean of
+        self.ranked = 0         # this many sentences fill the budget, whichever they are
+        self.room = 0           # S: the layers have room for this many sentences
+        self.step = None        # what all layers need in one forward, see _prepare
+        self.layers = []        # what each layer stores, see _new_layer
+        self.attended = None    # (B, H, budget, 2, d), overwritten by every layer
+        self.next_layer = 0     # None: a forward was interrupted
+
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def attend(self, layer, q, k, v):
-        """Store the new tokens' k and v (B, H, T, d); the attention output of q (B, Hq, T, d) is (B, Hq, T, d).
+    def begin(self, tokens):
+        """Note the next tokens (B, T), int64; return their positions (B, T).
 
-        q and k are rotated by the positions that begin() has returned; no head of k and v is repeated.
+        -1 is padding: it follows the last token of a shorter row, or, with T = 1, stands for a
+        row that idles in this step. Raises ValueError, and changes nothing, for impossible calls.
         """
-        (B, Hq, T, d), H = q.shape, k.shape[1]
-        need((B, T) == self.shape, f"q {tuple(q.shape)} is not (B, Hq, T, d) for the tokens {self.shape} of begin()")
-        need(layer == self.turn, f"every layer attends once, in order: {self.turn} is next, got {layer}")
-        self.turn += 1
-        if layer == len(self.layers):
-            self.new_layer(H, Hq, d, k.dtype)
-        work = self.layers[layer].work                                           # (B, H, budget, 2, d)
-        need(k.shape == v.shape == (B, H, T, d) and (H, d, k.dtype) == (work.shape[1], work.shape[4], work.dtype),
-             f"this cache holds {work.dtype}, {work.shape[1]} KV heads of {work.shape[4]}, got k {tuple(k.shape)} of "
-             f"{k.dtype} and v {tuple(v.shape)}")
-        if self.layers[layer].start is not None:
-            self.layers[layer].start += self.added
-        kv = torch.stack((k, v), dim=3).permute(2, 0, 1, 3, 4).contiguous()      # (T, B, H, 2, d) as in the pool
-        self._watch(layer, q, kv)
-        return self._decode(layer, q, kv) if T == 1 else self._prompt(layer, q, kv)
+        self._check_tokens(tokens)
+        if not self.rows:
+            s = self.settings
+            self.rows = [Segmenter(self.flags, s.sink, s.max_sentence) for _ in tokens]
+            self.queries = [0] * len(tokens)
+        self.next_layer = None      # an interruption from here on is noticed by the next begin()
+        before = [[len(row.tokens)] for row in self.rows]
+        first = [len(row.lengths) - 1 for row in self.rows]
+        sentence = [[row.add(i) for i in ids] for row, ids in zip(self.rows, tokens.tolist())]
+        new = [len(row.tokens) - n for row, [n] in zip(self.rows, before)]
+        self._prepare(new, first, torch.tensor(sentence, device=tokens.device))
+        self.next_layer = 0
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.tensor(before, device=tokens.device) + position
 
-    def _decode(self, layer, q, kv):
-        """One token: fetch what it should see, attend to that and to itself. No loop, no sync but at looks."""
-        (B, Hq, _, d), H, mem = q.shape, kv.shape[2], self.layers[layer]
-        # The first query of a sentence, or after a prompt, starts the sum anew.
-        # Paper: Sec. 4.2 forms the mean query when a sentence is complete, but Algorithm 1 at every token, as here.
-        mem.query_sum.masked_fill_((self.queries == 1)[:, None, None], 0).add_(q[:, :, 0])
-        q = q.view(B, H, Hq // H, d)                                             # a group's query heads: G queries
-        self.pool.reserve(layer, self.reach, kv)
-        if self.plan is not None:
-            self._fetch(layer, q, self.plan)
-        self.pool.write(layer, self.slot[None], kv)                              # overlaps with the rest of the layer
-        place = self.width + self.since - 1
-        mem.work[:, :, place], mem.valid[:, :, place] = kv[0], True
-        keys, values = mem.work.unbind(3)                                        # (B, H, budget, d) each, views
-        out = F.scaled_dot_product_attention(q, keys, values, mem.valid[:, :, None])         # Eq. 3, (B, H, G, d)
+    def _prepare(self, new, first, sentence):
+        """Make what all layers need in this forward; sentence (B, T) is that of each token."""
+        s, (B, T), device = self.settings, sentence.shape, sentence.device
+        self.length = max(len(row.tokens) for row in self.rows)
+        last = [len(row.lengths) - 1 for row in self.rows]
+        if last != first or self.ranked == 0:
+            enough = max(enough_sentences(row.lengths, s.budget) for row in self.rows)
+            self.ranked = s.budget if s.keep else enough
+        if max(last) >= self.room:
+            self.room = max(last) + 65
+        # The mean query (Eq. 2) restarts with every sentence and after every prompt.
+        for b, row in enumerate(self.rows):
+            self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1]) if T == 1 else 0
+        weight = [n / max(1, m) for n, m in zip(new, self.queries)]
+        # Always attended to: sentence 0 (the sink), and the recent sentences.
+        oldest = [[row.sentence_of_last(s.recent)] for row in self.rows]
+        near = torch.arange(self.room, device=device) >= torch.tensor(oldest, device=device)
+        near[:, 0] = True
+        self.step = SimpleNamespace(
+            new=new,                    # B ints: how many tokens each row brings
+            first=first,                # B ints: the sentence that was open, the first to change
+            last=last,                  # B ints: the sentence that is open now, the last to change
+            sentence=sentence,          # (B, T)
+            near=near,                  # (B, S) True: always attended to
+            weight=torch.tensor(weight, dtype=torch.float32, device=device).view(B, 1, 1, 1))
 
-        # What the new key brings joins the open sentence; in the sink, where none is, that is overwritten by the first.
-        new, row = self.rule.brings(kv[0, :, :, 0].float()), torch.arange(B, device=q.device)
-        mem.open.copy_(torch.where(self.starts[:, None, None], new, self.rule.join(mem.open, new)))          # (B, H, w)
-        vector = self.rule.vector(mem.open, self.size[:, None, None]).to(kv.dtype)
-        mem.vectors[row, :, self.current.clamp(min=0)] = vector
-        return out.reshape(B, Hq, 1, d)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def attend(self, index, q, k, v):
+        """Attention of q (B, Hq, T, d) to all that is stored and to the new k, v (B, H, T, d).
 
-    def _fetch(self, layer, q, plan):
-        """Rank the sentences for q (B, H, G, d), and fill the layer's places with what is near and with the best."""
-        mem, d = self.layers[layer], q.shape[3]
-        query = self.rule.query(q, mem.query_sum.view(q.shape), plan.queries[:, None, None, None]).mean(2)
-        scores = ((query * d ** -0.5).to(q.dtype)[:, :, None] @ mem.vectors.transpose(2, 3))[:, :, 0]      # (B, H, S)
-        start = self.first if mem.start is None else mem.start                   # (B, S + 1)
-        slot, valid, *mem.fetched = select(scores, start[:, :-1], start.diff() * plan.is_far, plan.near, self.width,
-                                           self.ranked)
-        slot = torch.where(plan.is_near[:, None], plan.slot[:, None], slot.masked_fill(~valid, 0))
-        self.pool.fetch(layer, F.pad(slot, (0, self.refresh)), mem.work)         # places not used: any slot
-        mem.valid = F.pad(valid, (0, self.refresh))
-
-    def _prompt(self, layer, q, kv):
-        """T > 1 tokens: exact attention to everything kept, then sort them into the pool."""
-        mem, (B, Hq, T, d) = self.layers[layer], q.shape
-        row, t = torch.arange(B, device=q.device), torch.arange(T, device=q.device)[:, None]
-        new, slot = kv, self.slot + t                                            # (T, B)
-        if any(self.before):                                                     # what is kept, then the new
-            kv = torch.cat((self.pool.read(layer, max(self.before)), torch.zeros_like(kv)))
-            kv[slot, row] = new
-        keys, values = kv.permute(3, 1, 2, 0, 4)                                 # (B, H, N, d) each, views
-        out = attend_causal(q, keys, values, self.before)
-        if mem.asked is not None:                                                # the last queries, of all pieces
-            at = (self.lengths - self.slot)[:, None] + torch.arange(self.window, device=q.device)        # (B, window)
-            mem.asked = torch.cat((mem.asked, q), dim=2).gather(2, at[:, None, :, None].expand(-1, Hq, -1, d))
-        if self.prune:
-            window = self.lengths[:, None] + torch.arange(-self.window, 0, device=q.device)      # (B, window) positions
-            alpha = importance(mem.asked, keys, window, self.pool_width)
-            kept = survivors(alpha, self.survive, self.sink, self.tail, self.lengths)            # (B, survive)
-            mem.start = torch.searchsorted(kept, self.first)                     # survivors before each sentence
-            new = kv = kv[kept.T, row]                                           # (survive, B, H, 2, d)
-            slot = torch.arange(self.survive, device=q.device)[:, None].expand(-1, B)
-            self.pool.finish()                                                   # pieces before, not pruned yet, go
-            self.pool.kv.pop(layer, None)
-            self.pool.seen.pop(layer, None)
-        self.pool.reserve(layer, self.reach, kv)
-        self.pool.write(layer, slot, new)
-        if not self.more:
-            mem.asked = None
-            self._summarize(mem, kv[..., 0, :])
+        Stores k and v. Layers call it in order, index 0, 1, ...; q and k are rotated by the
+        positions that begin() returned. Returns (B, Hq, T, d) without gradients.
+        """
+        self._check_layer(index, q, k, v)
+        self.next_layer = None
+        if index == len(self.layers):
+            self.layers.append(self._new_layer(q, k))
+        layer, step = self.layers[index], self.step
+        missing = self.room - layer.count.shape[1]
+        if missing > 0:
+            layer.count = F.pad(layer.count, (0, missing))
+            layer.vectors = F.pad(layer.vectors, (0, 0, 0, missing))
+        kv = torch.stack((k, v), dim=3)                               # (B, H, T, 2, d)
+        attention = self._decode if q.shape[2] == 1 else self._prompt
+        out = attention(layer, q, kv)
+        for b, n in enumerate(step.new):
+            sentence = step.sentence[b, :n]
+            self._append(layer, b, kv[b, :, :n], sentence, step.first[b], step.last[b])
+        self.next_layer = index + 1
         return out
 
-    def _summarize(self, mem, k):
-        """The vectors of all sentences, from the keys k (n, B, H, d) of all slots, n of them."""
-        start = self.first if mem.start is None else mem.start                   # (B, S + 1)
-        slot = torch.arange(len(k), device=k.device).repeat(len(start), 1)       # (B, n)
-        ids = torch.searchsorted(start, slot, right=True).T                      # sentence + 1; sink: 0, padding: S + 1
-        total = [reduce_keys(self.rule.brings(x.float()), ids, start.shape[1] + 1, self.rule.how) for x in k.unbind(2)]
-        total = torch.stack(total, dim=2)[1:-1]                                  # (S, B, H, w), head by head
-        vectors = self.rule.vector(total, start.diff().clamp(min=1).T[:, :, None, None])     # (S, B, H, w)
-        mem.vectors = vectors.to(k.dtype).permute(1, 2, 0, 3).contiguous()       # (B, H, S, w)
-        mem.open.copy_(total[self.current.clamp(min=0), torch.arange(len(start), device=k.device)])
+    def _new_layer(self, q, k):
+        """What a layer stores: everything on the device but the pool."""
+        (B, Hq, _, d), H, s = q.shape, k.shape[1], self.settings
+        features = self.rule.features(k[:, :, 0].float())             # (B, H, w)
+        if self.attended is None:
+            self.attended = k.new_zeros(B, H, s.budget, 2, d)
+        return SimpleNamespace(
+            pool=self.host_pool(B, H, d, k.dtype, k.device),
+            count=torch.zeros(B, self.room, dtype=torch.long, device=k.device),     # tokens of each
+            vectors=k.new_zeros(B, H, self.room, features.shape[-1]),
+            open=torch.zeros_like(features),                # sum over the open sentence, float32
+            query_mean=q.new_zeros(B, H, Hq // H, d, dtype=torch.float32),
+            observed=q.new_zeros(B, Hq, s.window, d) if s.keep else None,   # last N queries
+            fetched=None)                                   # see fetched()
 
-    def _start(self, B, device):
-        """The state before the first token."""
-        self.flags, self.pool = self.flags.to(device), HostPool(device)
-        self.lengths, self.dropped = torch.zeros(2, B, dtype=torch.long, device=device).unbind()         # (B,) tokens
-        self.unjudged, self.prompt, self.more = self.keep is not None, None, 0
-        self._rewind()
+    def _decode(self, layer, q, kv):
+        """T = 1: rank the sentences, fetch the best, attend to them and to the token itself."""
+        if layer.observed is not None:
+            self._prune(layer)
+        query = q.view(layer.query_mean.shape).float()                # (B, H, G, d)
+        # Paper: Sec. 4.2 takes the mean over a complete sentence; Algorithm 1, as here, so far.
+        layer.query_mean.lerp_(query, self.step.weight)
+        near = self.step.near
+        candidates = (layer.count > 0) & ~near
+        scores = self.rule.score(query, layer.query_mean, layer.vectors, candidates)
+        scores = scores.masked_fill(near[:, None], float("inf"))      # (B, H, S)
+        k, places = min(self.ranked, self.room), self.settings.budget - 1
+        slot, used, *layer.fetched = select(scores, layer.count, places, k)
+        layer.pool.fetch(F.pad(slot, (0, 1)), out=self.attended)
+        self.attended[:, :, -1] = kv[:, :, 0]                         # the last place: the token
+        mask = F.pad(used, (0, 1), value=True)[:, :, None]            # (B, H, 1, budget)
+        keys, values = self.attended.unbind(3)                        # (B, H, budget, d)
+        return grouped_attention(q, keys, values, mask)
 
-    def _rewind(self):
-        """No token seen yet, as far as sentences are concerned. A decode step changes these in place (CUDA graphs)."""
-        zeros, S = torch.zeros_like, self.first.shape[1] if self.layers else 1
-        self.lengths = zeros(self.lengths)
-        self.current, self.ended = self.lengths - 1, zeros(self.lengths)         # (B,) open sentence; see segment
-        self.queries = zeros(self.lengths)                                       # (B,) number of queries in query_sum
-        self.first = self.lengths[:, None].repeat(1, S)                          # (B, S + 1)
-        self.text = self.first.new_zeros(len(self.first), 0, dtype=torch.int32)  # (B, room) tokens, -1: none
-        self.plan, self.since, self.ranked = None, self.refresh, 0
-        self.broken = torch.full((), -1, device=self.lengths.device)             # where NaN came in
+    def _prompt(self, layer, q, kv):
+        """T > 1: exact attention, row by row, since rows can have different lengths."""
+        out = torch.zeros_like(q)
+        for b, n in enumerate(self.step.new):
+            if n > 0:
+                stored = layer.pool.read(b)                           # (H, N - n, 2, d)
+                keys, values = torch.cat((stored, kv[b, :, :n]), dim=1)[None].unbind(3)
+                out[b:b + 1, :, :n] = causal_attention(q[b:b + 1, :, :n], keys, values)
+            if layer.observed is not None:
+                queries = torch.cat((layer.observed[b], q[b, :, :n]), dim=1)
+                layer.observed[b] = queries[:, -self.settings.window:]
+        return out
 
-    def new_layer(self, H, Hq, d, dtype):
-        """All that one layer keeps on the device. What is fetched has one place for all layers, if it may be."""
-        (B, S), w = self.first[:, 1:].shape, self.rule.width * d
-        zeros = functools.partial(torch.zeros, device=self.first.device)
-        work = self.layers[0].work if self.layers and self.refresh == 1 else zeros(B, H, self.budget, 2, d, dtype=dtype)
-        self.layers.append(SimpleNamespace(
-            vectors=zeros(B, H, S, w, dtype=dtype),
-            open=zeros(B, H, w),                   # float32: what the keys of the open sentence have brought so far
-            query_sum=zeros(B, Hq, d),             # float32
-            work=work, valid=None,                 # valid (B, H, budget): which places are used
-            start=None,                            # (B, S + 1), after keep=r: slot of each sentence's first token
-            asked=zeros(B, Hq, self.window, d, dtype=dtype) if self.unjudged or self.prune else None,        # queries
-            fetched=None))                         # what select() has taken
+    def _append(self, layer, b, kv, sentence, first, last):
+        """Store row b's tokens kv (H, n, 2, d), and add their keys to their sentences' vectors.
 
-    def _watch(self, layer, *tensors):
-        """Note the first layer and token where NaN or inf came in; the CPU says so now, CUDA when the host looks."""
-        fine = torch.stack([extreme for x in tensors for extreme in x.aminmax()]).isfinite().all()
-        self.broken.copy_(torch.where(fine | (self.broken >= 0), self.broken, self.lengths.max() * 4096 + layer))
-        if not fine.is_cuda:
-            self._look()
+        sentence (n,): the sentence of each, from first to last. The first one was open already.
+        """
+        if len(sentence) == 0:
+            return
+        layer.pool.append(b, kv)
+        layer.count[b].scatter_add_(0, sentence, torch.ones_like(sentence))
+        features = self.rule.features(kv[:, :, 0].float())            # (H, n, w)
+        total = features.new_zeros(len(kv), last + 1 - first, features.shape[2])
+        total[:, 0] = layer.open[b]
+        total.index_add_(1, sentence - first, features)               # (H, last + 1 - first, w)
+        layer.open[b] = total[:, -1]
+        n = layer.count[b, first:last + 1, None].clamp(min=1)
+        layer.vectors[b, :, first:last + 1] = self.rule.vector(total, n)
 
-    def _look(self):
-        """ValueError if NaN or inf has come in; the one look at what the device has noted."""
-        token, layer = divmod(int(self.broken), 4096)
-        need(token < 0, f"NaN or inf in q, k or v of layer {layer} within the first {token} tokens: this cache is of "
-             "no use from there on; check the weights, or take a wider dtype, then truncate() it or use a new one")
+    def _prune(self, layer):
+        """keep=r: store only the floor(r * budget) most important tokens of each row."""
+        s, pool, count, observed = self.settings, layer.pool, layer.count, layer.observed
+        n, layer.observed = int(s.keep * s.budget), None
+        if max(pool.used) <= n:
+            return
+        B, _, H, _, d = pool.kv.shape
+        layer.pool = self.host_pool(B, H, d, pool.kv.dtype, count.device)
+        layer.count = torch.zeros_like(count)
+        layer.open.zero_()
+        for b, length in enumerate(pool.used):
+            kv = pool.read(b)                                         # (H, T, 2, d)
+            sentence = torch.arange(self.room, device=kv.device).repeat_interleave(count[b])
+            if length > n:
+                alpha = importance(observed[b], kv[:, :, 0], s.pool)
+                near = (sentence == 0) | (sentence >= sentence[-min(s.recent, length)])
+                kept = survivors(alpha.masked_fill(near, float("inf")), n)
+                kv, sentence = kv[:, kept], sentence[kept]
+            self._append(layer, b, kv, sentence, 0, self.step.first[b])
 
-    def tokens(self):
-        """All tokens (B, length) that went in, -1 after the end of a shorter row."""
-        return self.text[:, :self.length].long()
+    def _check_tokens(self, tokens):
+        need(tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32) and tokens.numel() > 0,
+             f"tokens must be int64 (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
+        need(self.next_layer == len(self.layers) and bool(self.rows) == bool(self.layers),
+             "the last forward was interrupted: truncate this cache, or use a new one")
+        B, real = len(self.rows), tokens >= 0
+        need(B in (0, len(tokens)), f"this cache holds {B} rows, got tokens for {len(tokens)}")
+        need(B > 0 or real[:, 0].all(), "every row needs a token in the first forward")
+        need(tokens.min() >= -1 and not (real[:, 1:] > real[:, :-1]).any(),
+             "-1 is padding: it may only follow the tokens of a row")
+
+    def _check_layer(self, index, q, k, v):
+        need(index == self.next_layer, f"attend() of layer {self.next_layer} is next, got {index}: "
+             "call begin() once per forward, then attend() in every layer in order")
+        need(index < len(self.layers) or self.length == max(self.step.new),
+             f"an earlier forward was interrupted before layer {index}: use a new cache")
+        (B, T), (_, H, _, d) = self.step.sentence.shape, k.shape
+        fits = q.shape == (B, q.shape[1], T, d) and k.shape == v.shape == (B, H, T, d)
+        if index < len(self.layers):
+            kv = self.layers[index].pool.kv
+            fits = fits and (H, d, k.dtype) == (kv.shape[2], kv.shape[4], kv.dtype)
+        need(fits and q.shape[1] % H == 0, f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} "
+             f"x {T} tokens, with the H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, "
+             f"{[*v.shape]} of {k.dtype}")
 
     def fetched(self):
-        """What the last decode step fetched: sentence and taken, (layers, B, H, k) each, the best sentence first.
+        """What the last decode step fetched: [sentence, taken], (layers, B, H, k) each.
 
-        taken is the number of tokens fetched of it, from its start (0: there was no room left); sentence s of row b is
-        tokens first[b, s] to first[b, s + 1] - 1 of the text, as long as keep=r has dropped none of it.
+        Best sentence first, the sink and the recent ones before all others; taken: how many of its
+        tokens. Sentence s of row b has rows[b].lengths[s] tokens of the text rows[b].tokens.
         """
-        need(self.layers and self.layers[0].fetched, "nothing was fetched yet: this tells about the last decode step")
-        self.pool.wait()
-        return [torch.stack(x) for x in zip(*(mem.fetched for mem in self.layers))]
+        need(self.layers and self.layers[-1].fetched, "no decode step has fetched anything yet")
+        return [torch.stack(x) for x in zip(*(layer.fetched for layer in self.layers))]
 
     def memory(self):
-        """Bytes of all that grows with text, layers or budget: {"device": ..., "host": ...}; a fork counts what it
-        shares as well."""
-        tensors = lambda mem: [x for x in vars(mem).values() if isinstance(x, torch.Tensor)]
-        device = {id(x): x.nbytes for mem in self.layers for x in tensors(mem)}  # work may be one for all layers
-        shared = [self.flags] + ([self.first, self.text] if self.pool else [])
-        return {"device": sum(x.nbytes for x in shared) + sum(device.values()),
-                "host": sum(x.nbytes for x in self.pool.kv.values()) if self.pool else 0}
-
-    # What a cache can do beside this is in experiments/living.py: go on from here twice, forget, be saved and loaded.
-
-    def fork(self):
-        """A second cache that goes on from here by itself; it shares the host pool, what is on the device is copied."""
-        from experiments.living import fork
-        return fork(self)
-
-    def truncate(self, lengths):
-        """Forget all but the first `lengths` tokens, one number or one per row: as if those had been one prompt."""
-        from experiments.living import truncate
-        truncate(self, lengths)
-
-    def save(self, path):
-        """Write all of it to one file; a kill at any moment leaves the file as it was, or the new one."""
-        from experiments.living import save
-        save(self, path)
-
-    @classmethod
-    def load(cls, path, model):
-        """The cache that was saved, for the same model; its pool stays in the file until it is used (memory-mapped)."""
-        from experiments.living import load
-        return load(cls, path, model)
-
-def main():
-    from experiments.ask import main  # the command line lives beside the method; see --help
-    return main()
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        """Bytes of all tensors: {"device": ..., "host": ...}."""
+        parts = [self, self.step, *self.layers] if self.step else []
+        tensors = [x for part in parts for x in vars(part).values() if torch.is_tensor(x)]
+        return {"device": sum(x.nbytes for x in tensors),
+                "host": sum(layer.pool.kv.nbytes for layer in self.layers)}

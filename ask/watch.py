@@ -1,0 +1,118 @@
+"""Records what every decode step of a SentenceKV attends to."""
+import time
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+
+from sentencekv import Segmenter, SentenceKV
+
+@dataclass
+class Step:
+    """One decode step of the first row. Every list has one entry per layer.
+
+    An entry is a tensor (H, k): for each of H KV heads, the sentences that were taken (or pieces
+    of long ones), best first. Where a head took fewer than k, taken is 0 and sentence any number.
+    """
+    sentence: list = field(default_factory=list)    # number of the sentence
+    taken: list = field(default_factory=list)       # tokens of it that were fetched
+    near: list = field(default_factory=list)        # True: sink or recent, always taken
+    attention: list = field(default_factory=list)   # share of the attention that it got, 0 to 1
+
+class WatchedKV(SentenceKV):
+    """A SentenceKV that records its decode steps in `steps`.
+
+    steps     list of Step; set it to [] to start a new record
+    seconds   time that recording took, all steps together
+    """
+
+    @classmethod
+    def watch(cls, cache):
+        """Turn a SentenceKV, new or loaded, into a watched one; returns it."""
+        cache.__class__ = cls
+        cache.steps, cache.seconds = [], 0.0
+        return cache
+
+    def begin(self, tokens):
+        positions = super().begin(tokens)
+        if tokens.shape[1] == 1:
+            self.steps.append(Step())
+        return positions
+
+    @torch.no_grad()
+    def attend(self, index, q, k, v):
+        out = super().attend(index, q, k, v)
+        if q.shape[2] == 1:
+            start = time.perf_counter()
+            self._record(self.steps[-1], index, q[0, :, 0])
+            self.seconds += time.perf_counter() - start
+        return out
+
+    def _record(self, step, index, q):
+        """q (Hq, d): the query of the first row. The layer has just filled self.attended."""
+        sentence, taken = (x[0] for x in self.layers[index].fetched)            # (H, k) each
+        keys = self.attended[0, :, :, 0]                                        # (H, budget, d)
+        H, budget, d = keys.shape
+        place = torch.arange(budget, device=q.device)
+        used = place < taken.sum(-1, keepdim=True)                              # (H, budget)
+        used[:, -1] = True                                                      # the token itself
+        logits = q.view(H, -1, d) @ keys.mT * d ** -0.5                         # (H, G, budget)
+        logits = logits.float().masked_fill(~used[:, None], float("-inf"))
+        weights = logits.softmax(-1).mean(1)                                    # (H, budget)
+
+        # The sentences lie end to end in `attended`: differences of the cumulated weights.
+        cumulated = F.pad(weights.cumsum(-1), (1, 0))                           # (H, budget + 1)
+        end = taken.cumsum(-1)                                                  # (H, k)
+        attention = cumulated.gather(1, end) - cumulated.gather(1, end - taken)
+        n = int((taken > 0).sum(-1).max())          # drop unused entries
+        step.sentence.append(sentence[:, :n].cpu())
+        step.taken.append(taken[:, :n].cpu())
+        step.near.append(self.step.near[0][sentence[:, :n]].cpu())
+        step.attention.append(attention[:, :n].cpu())
+
+@dataclass
+class Fetched:
+    """What was fetched of one sentence of the text, in all steps."""
+    ids: list               # the tokens of the sentence
+    attention: float        # the largest share that one KV head gave it in one step
+    share: float            # of all fetches (one per layer, KV head and step), those that took it
+
+def whole_sentences(cache):
+    """The sentences of the first row's text. SentenceKV cuts long ones into pieces.
+
+    Returns owner (S,): the sentence that each piece belongs to; and the ids of each sentence.
+    """
+    row = cache.rows[0]
+    uncut = Segmenter(cache.flags, cache.settings.sink, max_sentence=len(row.tokens) + 1)
+    numbers = [uncut.add(token) for token in row.tokens]
+    ids = [[] for _ in uncut.lengths]
+    for token, number in zip(row.tokens, numbers):
+        ids[number].append(token)
+    starts = [0, *accumulate(row.lengths)][:-1]
+    return torch.tensor([numbers[start] for start in starts]), ids
+
+def most_attended(cache, end=None):
+    """The sentences that a WatchedKV fetched in its recorded steps: a list of Fetched.
+
+    The sink and the recent sentences are left out, and those that start at position `end` or later,
+    such as the question itself. The largest attention comes first.
+    """
+    owner, ids = whole_sentences(cache)
+    W, fetches = len(ids), 0
+    count, largest = torch.zeros(W), torch.zeros(W)
+    for step in cache.steps:
+        for sentence, taken, near, attention in zip(
+                step.sentence, step.taken, step.near, step.attention):
+            H = len(sentence)
+            fetches += H
+            chosen = ((taken > 0) & ~near).float()                              # (H, k)
+            whole = owner[sentence.clamp(max=len(owner) - 1)]                   # (H, k)
+            pieces = torch.zeros(H, W).scatter_add_(1, whole, chosen)
+            total = torch.zeros(H, W).scatter_add_(1, whole, chosen * attention)
+            count += (pieces > 0).sum(0)
+            largest = largest.maximum(total.amax(0))
+    order = largest.argsort(descending=True, stable=True).tolist()
+    start = [0, *accumulate(len(sentence) for sentence in ids)]
+    return [Fetched(ids[s], float(largest[s]), float(count[s]) / fetches)
+            for s in order if count[s] > 0 and (end is None or start[s] < end)]
