@@ -1,22 +1,24 @@
 """SentenceKV (arXiv 2504.00970, COLM 2025): a KV cache that is organized by sentence.
 
-All keys and values are stored in CPU memory. The device (the accelerator that runs the model)
+Keys and values are stored in CPU memory. The device (the accelerator that runs the model)
 stores one small semantic vector per sentence, layer and KV head. Every decode step ranks these
 vectors against the query and fetches whole sentences, best first, until the token budget is full.
 The sink (the first tokens of the text) and the recent sentences always rank first.
+
+The paper ranks and fetches whole sentences. Here, a sentence longer than `max_sentence` tokens (6)
+is cut into pieces, each with a vector of its own. In the code, "sentence" means such a piece.
 
     tokens of a forward --> begin(): cut into sentences                       once per forward
     q, k, v of a layer  --> attend(), T > 1: exact causal attention           once per layer
                                       T = 1: rank -> select -> fetch -> attention
                             then append k, v to the host pool and to the vectors
 
-Sections 1 to 4 are functions, one step of the method each. The class in section 6 calls them.
-
     code          paper       shape                 stored   meaning
-    budget        tau         int                            most tokens attended to per KV head
-    keep, window  r, N        numbers                        floor(r * tau) prompt tokens survive
+    budget        tau         int                            most tokens that a KV head attends to
+    keep          r           number                         floor(r * tau) prompt tokens survive
+    window        N           int                            last queries, which judge importance
     alpha         alpha_i     (T,)                  device   importance of each prompt token
-    vectors       kbar_{s,h}  (B, H, S, w)          device   semantic vectors, w = d or 2d
+    vectors       kbar_{s,h}  (B, H, S, w)          device   semantic vectors, w = d or d + 1
     query_mean    qbar        (B, H, G, d)          device   mean query of the current sentence
     pool.kv       K, V        (B, C, H, 2, d)       host     all keys [..., 0, :] and values
     attended      K_t, V_t    (B, H, budget, 2, d)  device   what one decode step attends to
@@ -41,24 +43,24 @@ def need(condition, message):
 # ------------------------------------------------------------------------------ 1. Segmentation
 
 ENDS = "。！？｡।॥؟۔።։။"            # a sentence ends after these
-MAY_END = ".!?…"                  # and after these if white space follows: "3.14" stays whole
-CLOSERS = "\"'`*_)]}»”’」』）】》〉"   # can follow the stop: quotes, brackets, Markdown
-OPENERS = "\"'`*_([{«“‘"          # can precede the last word
+MAY_END = ".!?…"                  # only if white space follows: "3.14" is not split
+CLOSERS = "\"'`*_)]}»”’」』）】》〉"   # may follow the stop: quotes, brackets, Markdown
+OPENERS = "\"'`*_([{«“‘"          # may precede the last word
 NOTE = re.compile(r"\[[^][.!?]*\]")     # such as [2]: part of the sentence before it
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr ph.d prof st jr sr rev hon gen col maj capt lt sgt sen rep gov inc ltd co corp "
     "vs cf ca mt ft fig eq vol pp jan feb mar apr jun jul aug sept sep oct nov dec".split())
-GOES_ON = ("…", "..", ". .", "etc.")    # these end no sentence before a lower-case word
-TAIL = 48                         # bytes of the open sentence that the rules look at
+GOES_ON = ("…", "..", ". .", "etc.")    # no end if a lower-case word follows
+TAIL = 48                         # trailing bytes of the open sentence that the rules see
 
 def starts_sentence(before, after):
-    """Whether the text `after` starts a sentence; `before` is the end of the open sentence.
+    """Does the text `after` start a new sentence? `before`: the end of the open sentence.
 
     >>> [starts_sentence("It rains.", " The"), starts_sentence("by Dr.", " Who")]
     [True, False]
     """
     word = after.lstrip()
-    text = NOTE.sub("", before + after[:len(after) - len(word)])
+    text = NOTE.sub("", before + after[:len(after) - len(word)])    # all that precedes the word
     end = text.rstrip()
     gap = text[len(end):]                               # white space between stop and word
     core = end.rstrip(CLOSERS)
@@ -67,10 +69,10 @@ def starts_sentence(before, after):
     if gap.count("\n") >= 2 or "\u2029" in gap:
         return True                                     # a paragraph ends
     if core == "" or word[0] in MAY_END + "[":
-        return False                                    # no sentence is open; ". . ." or "[2]"
+        return False                                    # nothing before it, or ". . ." or "[2]"
     stop = core[-1]
     if word[0] in ENDS:
-        return word.lstrip(ENDS + CLOSERS).strip() != ""    # one token with stop and word: "。他"
+        return word.lstrip(ENDS + CLOSERS).strip() != ""    # "。他": a stop and the next word
     if stop in ENDS:
         return True
     if gap == "" or stop not in MAY_END:
@@ -82,12 +84,12 @@ def starts_sentence(before, after):
     return stop != "." or not is_abbreviation(core[:-1].split()[-1].lstrip(OPENERS))
 
 def is_abbreviation(word):
-    """Whether a full stop after this word ends no sentence: "Dr", "J", "U.S", but not "I"."""
+    """Is a full stop after this word part of an abbreviation? "Dr", "J", "U.S", but not "I"."""
     letters = all(len(part) == 1 and part.isalpha() for part in word.split("."))
     return word.lower() in ABBREVIATIONS or (letters and word != "I")
 
 def sentence_flags(token_bytes):
-    """The text of each token, for Segmenter: list of bytes (None: special) -> list of bytes.
+    """What Segmenter needs of a vocabulary: token bytes (None: special) -> list of bytes.
 
     A special token counts as a blank line, so it ends a sentence.
     """
@@ -107,7 +109,7 @@ class Segmenter:
         self.max_sentence = max_sentence
         self.tokens = []        # all tokens of the row
         self.lengths = [0]      # tokens in each sentence; sentence 0 is the sink
-        self.tail = b""         # the end of the open sentence; a character can lie in two tokens
+        self.tail = b""         # end of the open sentence, as bytes: a character can span tokens
 
     def add(self, token):
         """Append a token, unless it is padding (-1); return the number of its sentence."""
@@ -125,7 +127,7 @@ class Segmenter:
         return len(self.lengths) - 1
 
     def sentence_of_last(self, n):
-        """The sentence that the last n tokens begin in."""
+        """Number of the sentence that contains the first of the last n tokens."""
         for number in reversed(range(len(self.lengths))):
             n -= self.lengths[number]
             if n <= 0:
@@ -135,7 +137,7 @@ class Segmenter:
 # ------------------------------------------- 2. Prefill: which tokens survive (only with keep=r)
 
 def importance(q, k, pool=1):
-    """alpha_i (Sec. 4.1): attention that token i receives from the last N queries, all heads.
+    """alpha_i (Sec. 4.1): attention weight that token i receives from the last N queries, summed.
 
     q (Hq, N, d), k (H, T, d), T > N -> (T,) float32. Paper: no pooling. The authors' code takes
     the maximum over `pool` = 7 neighbors, except for the last N tokens.
@@ -149,19 +151,20 @@ def importance(q, k, pool=1):
     return torch.cat((before[0], alpha[-N:]))
 
 def survivors(alpha, n):
-    """Prompt-wide (Sec. 4.1), the n most important tokens in text order: (T,) -> (n,)."""
-    order = alpha.sort(descending=True, stable=True).indices          # the earlier wins a tie
+    """Indices of the n most important tokens of the prompt (Sec. 4.1), ascending: (T,) -> (n,)."""
+    order = alpha.sort(descending=True, stable=True).indices          # ties: the earlier token
     return order[:n].sort().values
 
 # ----------------------------------------------------------- 3. Semantic vectors and their rank
 
-# A rule says what the semantic vector of a sentence is, and how it is scored:
+# A rule says what the semantic vector of a sentence is, and how it is scored. The classes are
+# namespaces of three functions and are never instantiated:
 #   features  what a key contributes, (..., d) -> (..., w); contributions are summed per sentence
 #   vector    that sum, over n keys -> semantic vector, (..., w)
 #   score     q, query_mean (B, H, G, d), vectors (B, H, S, w), candidates (B, S) -> (B, H, S)
 
 class Mean:
-    """The paper: mean query (Eq. 2) . mean key (Eq. 1). Misses a key unlike its neighbors."""
+    """The paper: mean query (Eq. 2) . mean key (Eq. 1). Can miss a single key that stands out."""
 
     def features(k):
         return k
@@ -174,9 +177,9 @@ class Mean:
 class Ball:
     """The keys of a sentence as a ball: mean key m and radius r, the rms distance from the mean.
 
-    With x halfway between query and mean query, each sentence is seen in two ways: its center,
-    x . m, finds what the sentence is about; its edge, x . m + |x| r, finds a key that stands out.
-    A softmax over the sentences, per query head, makes the two comparable.
+    Let x be halfway between query and mean query. A sentence gets two scores: at the center of its
+    ball, x . m, which tells what it is about; and at the edge, x . m + |x| r, an estimate of its
+    best key. A softmax over the sentences, per query head, makes both comparable; then they add up.
     """
 
     def features(k):
@@ -188,104 +191,107 @@ class Ball:
     def score(q, query_mean, vectors, candidates):
         x = (q + query_mean) / 2 * q.shape[-1] ** -0.5                # (B, H, G, d)
         length = x.norm(dim=-1, keepdim=True)
-        center = torch.cat((x, torch.zeros_like(length)), dim=-1)     # . (m, r) = x . m
-        edge = torch.cat((x, length), dim=-1)                         # . (m, r) = x . m + |x| r
+        center = torch.cat((x, torch.zeros_like(length)), dim=-1)     # (x, 0) . (m, r)
+        edge = torch.cat((x, length), dim=-1)                         # (x, |x|) . (m, r)
         views = torch.cat((center, edge), dim=2).to(vectors.dtype)    # (B, H, 2 * G, w)
-        logits = views @ vectors.transpose(2, 3)                      # (B, H, 2 * G, S)
+        logits = (views @ vectors.transpose(2, 3)).float()            # (B, H, 2 * G, S)
         logits = logits.masked_fill(~candidates[:, None, None], float("-inf"))
-        return logits.softmax(-1, dtype=torch.float32).sum(2)
+        return logits.softmax(-1).sum(2)
 
 RANKS = {"mean": Mean, "ball": Ball}
+# The paper's settings, and those of the authors' code: SentenceKV(flags, **PAPER)
 PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7,
              max_sentence=64)
 
 # ------------------------------------------------------------------ 4. Selection and attention
 
 def enough_sentences(lengths, budget):
-    """This many sentences fill the budget, whichever they are: [4, 9, 2, 3], 6 -> 3."""
+    """The smallest n such that any n sentences hold `budget` tokens: [4, 9, 2, 3], 6 -> 3."""
     for n, total in enumerate(accumulate(sorted(lengths)), start=1):
         if total >= budget:
             break
     return n
 
-def select(scores, count, places, k):
+def select(scores, count, places, top):
     """Take whole sentences in descending score until all places are filled (Algorithm 1).
 
     The last one is cut. scores (B, H, S); count (B, S): tokens of each sentence, which lie one
-    after the other in the pool; only the k best sentences are considered. Returns slot and used,
-    (B, H, places): where each place is fetched from, and if it is used; sentence and taken,
-    (B, H, k): the best sentences, and how many tokens are taken of each.
+    after the other in the pool; places: how many tokens fit; only the `top` best are considered.
+    Returns slot (B, H, places): the slot in the pool to fetch for each place
+            filled (B, H, places): False: there was nothing left for this place
+            sentence, taken (B, H, top): the best sentences, and the tokens taken of each
 
     >>> scores, count = torch.tensor([[[1., 9., 5.]]]), torch.tensor([[3, 2, 4]])
-    >>> slot, used, sentence, taken = select(scores, count, places=5, k=3)
+    >>> slot, filled, sentence, taken = select(scores, count, places=5, top=3)
     >>> slot.tolist(), sentence.tolist(), taken.tolist()
     ([[[3, 4, 5, 6, 7]]], [[[1, 2, 0]]], [[[2, 3, 0]]])
     """
-    start = (count.cumsum(1) - count)[:, None].expand_as(scores)
+    offset = (count.cumsum(1) - count)[:, None].expand_as(scores)     # first slot of a sentence
     count = count[:, None].expand_as(scores)
     scores = scores.masked_fill(count == 0, float("-inf"))
-    sentence = scores.topk(k, dim=2).indices                          # (B, H, k)
-    # Lay these end to end. The sentence at place j is number "how many of them end before j".
-    end = count.gather(2, sentence).cumsum(2).clamp(max=places)       # (B, H, k)
-    begin = F.pad(end, (1, 0))[:, :, :-1]
-    ends = F.pad(torch.zeros_like(end[:, :, :1]), (0, places))        # (B, H, places + 1)
-    ends.scatter_add_(2, end, torch.ones_like(end))
-    owner = ends.cumsum(2)[:, :, :-1].clamp(max=k - 1)                # (B, H, places)
+    sentence = scores.topk(top, dim=2).indices                        # (B, H, top)
+    # Lay the best sentences end to end: each occupies places start to stop - 1.
+    stop = count.gather(2, sentence).cumsum(2).clamp(max=places)      # (B, H, top)
+    start = F.pad(stop, (1, 0))[:, :, :-1]
+    # The sentence at a place has as many others before it as stop at or before this place.
+    stops = F.pad(torch.zeros_like(stop[:, :, :1]), (0, places))      # (B, H, places + 1)
+    stops.scatter_add_(2, stop, torch.ones_like(stop))
+    owner = stops.cumsum(2)[:, :, :-1].clamp(max=top - 1)             # (B, H, places)
     place = torch.arange(places, device=scores.device)
-    used = place < end[:, :, -1:]
-    shift = start.gather(2, sentence) - begin                         # from place to slot
+    filled = place < stop[:, :, -1:]
+    shift = offset.gather(2, sentence) - start                        # from place to slot
     slot = place + shift.gather(2, owner)
-    return slot.where(used, 0), used, sentence, end - begin
+    return slot.where(filled, 0), filled, sentence, stop - start
 
 def grouped_attention(q, k, v, mask=None):
-    """softmax(q K^T / sqrt(d)) V (Eq. 3) for one query per head; K and V are never repeated.
+    """softmax(q K^T / sqrt(d)) V (Eq. 3) for one query per head, without expanding K and V.
 
-    q (B, Hq, 1, d); k, v (B, H, N, d); mask (B, H, 1, N): keys to attend to -> (B, Hq, 1, d).
+    q (B, Hq, 1, d); k, v (B, H, M, d); mask (B, H, 1, M): keys to attend to -> (B, Hq, 1, d).
     """
-    B, H, N, d = k.shape
+    B, H, M, d = k.shape
     grouped = q.reshape(B, H, -1, d)                                  # (B, H, G, d)
     return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
 
-def causal_attention(q, k, v, step=512):
+def causal_attention(q, k, v, chunk=512):
     """Exact attention of T new tokens to all tokens before them and, causally, to each other.
 
-    q (B, Hq, T, d), k, v (B, H, N, d): the queries belong to the last T of the N tokens.
-    Returns (B, Hq, T, d). In parts of `step` queries: no (T, N) matrix is ever stored.
+    q (B, Hq, T, d), k, v (B, H, M, d): the queries belong to the last T of the M tokens. Returns
+    (B, Hq, T, d). Processes `chunk` queries at a time, to avoid a (T, M) matrix.
     """
     if q.shape[2] == 1:
         return grouped_attention(q, k, v)
-    out, n = [], k.shape[2] - q.shape[2]
-    for part in q.split(step, dim=2):
-        n += part.shape[2]                                            # keys its last query sees
-        mask = causal_lower_right(part.shape[2], n)
+    out, visible = [], k.shape[2] - q.shape[2]
+    for part in q.split(chunk, dim=2):
+        visible += part.shape[2]                                      # keys its last query sees
+        mask = causal_lower_right(part.shape[2], visible)
         out.append(F.scaled_dot_product_attention(
-            part, k[:, :, :n], v[:, :, :n], mask, enable_gqa=True))
+            part, k[:, :, :visible], v[:, :, :visible], mask, enable_gqa=True))
     return torch.cat(out, dim=2)
 
 # ------------------------------------------------------------------------------ 5. The host pool
 
 class HostPool:
-    """Keys and values of one layer in CPU memory, token after token.
+    """Keys and values of one layer in CPU memory, in text order.
 
     On CUDA the memory is pinned. Writes run on a side stream while the next layer computes. To
-    fetch, the CPU gathers into a pinned buffer, and the device copies from that.
+    fetch, the CPU gathers into a pinned buffer, which is then copied to the device.
     """
 
     def __init__(self, B, H, d, dtype, device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.kv = self.allocate((B, 16, H, 2, d), dtype)              # (B, C, H, 2, d)
+        self.kv = self.allocate((B, 16, H, 2, d), dtype).zero_()      # (B, C, H, 2, d)
         self.used = [0] * B                                           # slots that each row uses
 
     def allocate(self, shape, dtype):
         pinned = self.stream is not None
-        return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
 
     def append(self, b, kv):
-        """Store tokens kv (H, n, 2, d), on the device, behind those of row b."""
+        """Append n tokens to row b; kv (H, n, 2, d) is on the device."""
         kv = kv.transpose(0, 1).contiguous()                          # (n, H, 2, d)
         start, end = self.used[b], self.used[b] + len(kv)
-        if end > self.kv.shape[1]:                                    # more room, and some spare
+        if end > self.kv.shape[1]:                                    # grow by an eighth
             B, C, *shape = self.kv.shape
             larger = self.allocate((B, end + end // 8 + 16, *shape), kv.dtype)
             self.finish_writes()
@@ -293,19 +299,19 @@ class HostPool:
             self.kv = larger
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            kv.record_stream(self.stream)                             # its memory is in use
+            kv.record_stream(self.stream)                             # keep its memory until then
         with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             self.kv[b, start:end].copy_(kv, non_blocking=True)
         self.used[b] = end
 
     def fetch(self, slot, out):
-        """out (B, H, n, 2, d), on the device = what each row and head has in slot (B, H, n)."""
+        """Copy slot (B, H, n) of every row and head into out (B, H, n, 2, d), on the device."""
         self.finish_writes()
         B, C, H, _, d = self.kv.shape
         row = torch.arange(B)[:, None, None] * C
         index = (row + slot.cpu()) * H + torch.arange(H)[:, None]     # into (B * C * H, 2 * d)
         buffer = out
-        if self.stream is not None:             # PyTorch reuses it only after the copy has ended
+        if self.stream is not None:     # PyTorch reuses pinned memory only after the copy below
             buffer = self.allocate(out.shape, out.dtype)
         source, target = self.kv.view(-1, 2 * d), buffer.view(-1, 2 * d)
         torch.index_select(source, 0, index.flatten(), out=target)
@@ -318,7 +324,7 @@ class HostPool:
         return self.kv[b, :self.used[b]].to(self.device).transpose(0, 1)
 
     def finish_writes(self):
-        """Wait until the CPU can read what was appended."""
+        """Block until all appended tokens have arrived in CPU memory."""
         if self.stream is not None:
             self.stream.synchronize()
 
@@ -326,70 +332,70 @@ class HostPool:
 
 @dataclass
 class Settings:
-    """Settings of SentenceKV. Raises ValueError for values that cannot work."""
+    """Settings of SentenceKV. Raises ValueError for invalid or inconsistent values."""
     budget: int = 1024          # most tokens that a KV head attends to in a decode step
     keep: float = None          # r: floor(r * budget) tokens of the prompt survive; None: all
     sink: int = 4               # first tokens, always attended to
-    recent: int = 8             # last tokens, always attended to, with the rest of their sentence
+    recent: int = 8             # last tokens; every sentence that they touch is attended to
     window: int = 32            # last queries of the prompt, which judge importance (keep=r)
     pool: int = 1               # width of the max-pool over importance; 1: none (keep=r)
     rank: str = "ball"          # a key of RANKS. Paper: "mean"
     max_sentence: int = None    # longer ones are cut into pieces; None: 6, less if budget is small
 
     def __post_init__(self):
-        room = self.budget - self.sink - self.recent
-        need(room > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - room}")
-        if self.max_sentence is None:
-            self.max_sentence = min(6, -(-room // 3))
-        for name in ("budget", "sink", "recent", "window", "pool", "max_sentence"):
+        for name, least in dict(budget=1, sink=0, recent=1, window=1, pool=1).items():
             value = getattr(self, name)
-            need(type(value) is int and value >= (name != "sink"),
-                 f"{name} must be an int of at least {int(name != 'sink')}, got {value!r}")
-        need(self.max_sentence <= room, f"max_sentence {self.max_sentence} must be at most {room}: "
-             "what sink and recent leave of the budget")
+            need(type(value) is int and value >= least,
+                 f"{name} must be an int of at least {least}, got {value!r}")
+        rest = self.budget - self.sink - self.recent
+        need(rest > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - rest}")
+        if self.max_sentence is None:
+            self.max_sentence = min(6, -(-rest // 3))                 # about 3 fit into the rest
+        need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
+             f"max_sentence must be 1 to {rest} (budget - sink - recent), got {self.max_sentence!r}")
         need(self.keep is None or type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
              f"keep must be None or a number of at least 1, got {self.keep!r}")
         need(self.keep is None or self.window <= self.keep * self.budget,
-             "window must be at most keep * budget")
+             f"window must be at most keep * budget, got {self.window}")
         need(self.pool % 2 == 1, f"pool must be odd, got {self.pool}")
         need(self.rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
 
 class SentenceKV:
     """The cache, for a model that calls begin(tokens) per forward and attend() in every layer.
 
-    flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: the class of the pools.
-    T > 1 tokens are a prompt, a piece of it, or a follow-up: attention is exact. T = 1 is a decode
-    step. keep=r drops tokens at the first decode step, when the prompt is complete.
+    flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: HostPool, or a class with
+    its methods. T > 1 tokens are a prompt, a chunk of it, or a follow-up: attention is exact. T = 1
+    is a decode step. keep=r drops tokens at the first decode step: then the prompt is complete.
     """
 
     def __init__(self, flags, *, host_pool=HostPool, **settings):
         self.settings = Settings(**settings)
         self.rule = RANKS[self.settings.rank]
         self.flags, self.host_pool = list(flags), host_pool
-        self.rows = []          # one Segmenter per row of the batch: the text, on the host
+        self.rows = []          # one Segmenter per row of the batch: token ids and sentence lengths
         self.length = 0         # tokens in the longest row
-        self.queries = []       # for each row, how many queries query_mean is the mean of
-        self.ranked = 0         # this many sentences fill the budget, whichever they are
+        self.queries = []       # per row, the number of queries averaged in query_mean
+        self.ranked = 0         # how many of the best sentences select() considers
         self.room = 0           # S: the layers have room for this many sentences
-        self.step = None        # what all layers need in one forward, see _prepare
+        self.step = None        # what all layers need in one forward: begin() makes it
         self.layers = []        # what each layer stores, see _new_layer
         self.attended = None    # (B, H, budget, 2, d), overwritten by every layer
-        self.next_layer = 0     # None: a forward was interrupted
+        self.next_layer = 0     # None while begin() or attend() runs, and if one was interrupted
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def begin(self, tokens):
-        """Note the next tokens (B, T), int64; return their positions (B, T).
+        """Register the next tokens (B, T), int64; return their positions (B, T).
 
-        -1 is padding: it follows the last token of a shorter row, or, with T = 1, stands for a
-        row that idles in this step. Raises ValueError, and changes nothing, for impossible calls.
+        -1 is padding: it follows the last token of a shorter row, or, with T = 1, stands for a row
+        without a token in this step. Raises ValueError on bad input, and then changes nothing.
         """
         self._check_tokens(tokens)
         if not self.rows:
             s = self.settings
             self.rows = [Segmenter(self.flags, s.sink, s.max_sentence) for _ in tokens]
             self.queries = [0] * len(tokens)
-        self.next_layer = None      # an interruption from here on is noticed by the next begin()
+        self.next_layer = None      # stays None if this forward fails: the next begin() raises
         before = [[len(row.tokens)] for row in self.rows]
         first = [len(row.lengths) - 1 for row in self.rows]
         sentence = [[row.add(i) for i in ids] for row, ids in zip(self.rows, tokens.tolist())]
@@ -400,38 +406,42 @@ class SentenceKV:
         return torch.tensor(before, device=tokens.device) + position
 
     def _prepare(self, new, first, sentence):
-        """Make what all layers need in this forward; sentence (B, T) is that of each token."""
+        """Make what all layers need in this forward; sentence (B, T): the sentence of each token."""
         s, (B, T), device = self.settings, sentence.shape, sentence.device
         self.length = max(len(row.tokens) for row in self.rows)
         last = [len(row.lengths) - 1 for row in self.rows]
         if last != first or self.ranked == 0:
             enough = max(enough_sentences(row.lengths, s.budget) for row in self.rows)
-            self.ranked = s.budget if s.keep else enough
+            self.ranked = s.budget if s.keep else enough    # pruned ones may have a single token
         if max(last) >= self.room:
-            self.room = max(last) + 65
+            self.room = max(last) + 65          # 64 to spare
         # The mean query (Eq. 2) restarts with every sentence and after every prompt.
         for b, row in enumerate(self.rows):
-            self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1]) if T == 1 else 0
+            if T == 1:
+                self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1])
+            elif new[b] > 0:
+                self.queries[b] = 0
         weight = [n / max(1, m) for n, m in zip(new, self.queries)]
-        # Always attended to: sentence 0 (the sink), and the recent sentences.
+        # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
         oldest = [[row.sentence_of_last(s.recent)] for row in self.rows]
         near = torch.arange(self.room, device=device) >= torch.tensor(oldest, device=device)
         near[:, 0] = True
         self.step = SimpleNamespace(
-            new=new,                    # B ints: how many tokens each row brings
+            new=new,                    # B ints: number of new tokens
             first=first,                # B ints: the sentence that was open, the first to change
             last=last,                  # B ints: the sentence that is open now, the last to change
             sentence=sentence,          # (B, T)
-            near=near,                  # (B, S) True: always attended to
+            near=near,                  # (B, S)
             weight=torch.tensor(weight, dtype=torch.float32, device=device).view(B, 1, 1, 1))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def attend(self, index, q, k, v):
-        """Attention of q (B, Hq, T, d) to all that is stored and to the new k, v (B, H, T, d).
+        """Store k, v (B, H, T, d); return the output of attention for q, (B, Hq, T, d).
 
-        Stores k and v. Layers call it in order, index 0, 1, ...; q and k are rotated by the
-        positions that begin() returned. Returns (B, Hq, T, d) without gradients.
+        T > 1: attention to all stored keys. T = 1: to a selection within the budget. Layers call it
+        in order, index 0, 1, ...; q and k are rotated by the positions that begin() returned. The
+        output has no gradients. Raises ValueError for tensors or calls that do not fit.
         """
         self._check_layer(index, q, k, v)
         self.next_layer = None
@@ -452,16 +462,16 @@ class SentenceKV:
         return out
 
     def _new_layer(self, q, k):
-        """What a layer stores: everything on the device but the pool."""
+        """What a layer stores. All of it is on the device, except for the pool."""
         (B, Hq, _, d), H, s = q.shape, k.shape[1], self.settings
         features = self.rule.features(k[:, :, 0].float())             # (B, H, w)
         if self.attended is None:
             self.attended = k.new_zeros(B, H, s.budget, 2, d)
         return SimpleNamespace(
             pool=self.host_pool(B, H, d, k.dtype, k.device),
-            count=torch.zeros(B, self.room, dtype=torch.long, device=k.device),     # tokens of each
+            count=torch.zeros(B, self.room, dtype=torch.long, device=k.device),     # of tokens
             vectors=k.new_zeros(B, H, self.room, features.shape[-1]),
-            open=torch.zeros_like(features),                # sum over the open sentence, float32
+            open=torch.zeros_like(features),                # features of the open sentence
             query_mean=q.new_zeros(B, H, Hq // H, d, dtype=torch.float32),
             observed=q.new_zeros(B, Hq, s.window, d) if s.keep else None,   # last N queries
             fetched=None)                                   # see fetched()
@@ -471,17 +481,19 @@ class SentenceKV:
         if layer.observed is not None:
             self._prune(layer)
         query = q.view(layer.query_mean.shape).float()                # (B, H, G, d)
-        # Paper: Sec. 4.2 takes the mean over a complete sentence; Algorithm 1, as here, so far.
+        # Paper: Sec. 4.2 averages over the complete sentence; Algorithm 1 and this code over the
+        # queries so far.
         layer.query_mean.lerp_(query, self.step.weight)
         near = self.step.near
         candidates = (layer.count > 0) & ~near
         scores = self.rule.score(query, layer.query_mean, layer.vectors, candidates)
         scores = scores.masked_fill(near[:, None], float("inf"))      # (B, H, S)
-        k, places = min(self.ranked, self.room), self.settings.budget - 1
-        slot, used, *layer.fetched = select(scores, layer.count, places, k)
+        places, top = self.settings.budget - 1, min(self.ranked, self.room)
+        slot, filled, sentence, taken = select(scores, layer.count, places, top)
+        layer.fetched = (sentence, taken)
         layer.pool.fetch(F.pad(slot, (0, 1)), out=self.attended)
         self.attended[:, :, -1] = kv[:, :, 0]                         # the last place: the token
-        mask = F.pad(used, (0, 1), value=True)[:, :, None]            # (B, H, 1, budget)
+        mask = F.pad(filled, (0, 1), value=True)[:, :, None]          # (B, H, 1, budget)
         keys, values = self.attended.unbind(3)                        # (B, H, budget, d)
         return grouped_attention(q, keys, values, mask)
 
@@ -490,7 +502,7 @@ class SentenceKV:
         out = torch.zeros_like(q)
         for b, n in enumerate(self.step.new):
             if n > 0:
-                stored = layer.pool.read(b)                           # (H, N - n, 2, d)
+                stored = layer.pool.read(b)                           # (H, M - n, 2, d)
                 keys, values = torch.cat((stored, kv[b, :, :n]), dim=1)[None].unbind(3)
                 out[b:b + 1, :, :n] = causal_attention(q[b:b + 1, :, :n], keys, values)
             if layer.observed is not None:
@@ -499,9 +511,10 @@ class SentenceKV:
         return out
 
     def _append(self, layer, b, kv, sentence, first, last):
-        """Store row b's tokens kv (H, n, 2, d), and add their keys to their sentences' vectors.
+        """Store row b's tokens kv (H, n, 2, d), and update the vectors of their sentences.
 
-        sentence (n,): the sentence of each, from first to last. The first one was open already.
+        sentence (n,): the sentence of each token, from first to last. layer.open[b] holds the sum
+        of features of sentence `first` so far.
         """
         if len(sentence) == 0:
             return
@@ -544,12 +557,14 @@ class SentenceKV:
         need(B in (0, len(tokens)), f"this cache holds {B} rows, got tokens for {len(tokens)}")
         need(B > 0 or real[:, 0].all(), "every row needs a token in the first forward")
         need(tokens.min() >= -1 and not (real[:, 1:] > real[:, :-1]).any(),
-             "-1 is padding: it may only follow the tokens of a row")
+             "-1 is padding: it must follow all tokens of a row, and no id may be below -1")
 
     def _check_layer(self, index, q, k, v):
-        need(index == self.next_layer, f"attend() of layer {self.next_layer} is next, got {index}: "
-             "call begin() once per forward, then attend() in every layer in order")
-        need(index < len(self.layers) or self.length == max(self.step.new),
+        need(self.step is not None and index == self.next_layer,
+             f"expected attend() for layer {self.next_layer}, got layer {index}: call begin() once "
+             "per forward, then attend() in every layer in order")
+        first_forward = self.length == max(self.step.new)
+        need(index < len(self.layers) or first_forward,
              f"an earlier forward was interrupted before layer {index}: use a new cache")
         (B, T), (_, H, _, d) = self.step.sentence.shape, k.shape
         fits = q.shape == (B, q.shape[1], T, d) and k.shape == v.shape == (B, H, T, d)
@@ -563,8 +578,8 @@ class SentenceKV:
     def fetched(self):
         """What the last decode step fetched: [sentence, taken], (layers, B, H, k) each.
 
-        Best sentence first, the sink and the recent ones before all others; taken: how many of its
-        tokens. Sentence s of row b has rows[b].lengths[s] tokens of the text rows[b].tokens.
+        sentence: numbers in descending score, sink and recent ones first; taken: tokens fetched of
+        each. Sentence s of row b has rows[b].lengths[s] tokens of the text rows[b].tokens.
         """
         need(self.layers and self.layers[-1].fetched, "no decode step has fetched anything yet")
         return [torch.stack(x) for x in zip(*(layer.fetched for layer in self.layers))]
@@ -572,6 +587,7 @@ class SentenceKV:
     def memory(self):
         """Bytes of all tensors: {"device": ..., "host": ...}."""
         parts = [self, self.step, *self.layers] if self.step else []
-        tensors = [x for part in parts for x in vars(part).values() if torch.is_tensor(x)]
-        return {"device": sum(x.nbytes for x in tensors),
+        values = [x for part in parts for x in vars(part).values()]
+        values += [x for layer in self.layers for x in layer.fetched or ()]
+        return {"device": sum(x.nbytes for x in values if torch.is_tensor(x)),
                 "host": sum(layer.pool.kv.nbytes for layer in self.layers)}

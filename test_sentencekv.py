@@ -4,9 +4,9 @@ This file needs sentencekv.py, torch, pytest and hypothesis, and travels with it
 below share no code with the module: they keep every token in a list and loop.
 """
 import ast
+import doctest
 import itertools
 import math
-import random
 import re
 import sys
 from pathlib import Path
@@ -339,7 +339,7 @@ def test_many_short_sentences_fill_the_budget_and_a_text_can_begin_with_one_toke
 @pytest.mark.parametrize("keep", [None, 1.5])
 def test_a_row_of_a_batch_is_what_it_would_be_alone(rank, keep):
     setting = dict(budget=32, recent=5, window=4, pool=3, rank=rank, keep=keep)
-    forwards = [(40, 70, 55), (0, 9, 4), *[(1, 1, 1)] * 4, (1, 0, 1), (1, 0, 0), (3, 8, 2), (1, 1, 1)]
+    forwards = [(40, 70, 55), (0, 9, 4), *[(1, 1, 1)] * 4, (1, 0, 1), (1, 0, 0), (3, 8, 0), (1, 1, 1)]
     batch, alone = Feed(0, 3, **setting), [Feed(0, 1, **setting) for _ in range(3)]
     for lengths in forwards:
         tokens = batch.tokens(*lengths)
@@ -349,21 +349,6 @@ def test_a_row_of_a_batch_is_what_it_would_be_alone(rank, keep):
             if n > 0:
                 mine = [x[:, b:b + 1, :, :n] for x in (batch.q, k, v)]
                 assert_close(out[:, b, :, :n], alone[b].push(tokens[b:b + 1, :n], *mine)[:, 0])
-
-@ranks
-def test_an_idle_row_changes_nothing_of_itself(rank):
-    feed = Feed(5, B=2, budget=40, recent=5, rank=rank)
-    feed.push(feed.tokens(60))
-    feed.push(feed.tokens(1))
-    layer = feed.cache.layers[1]
-    def state():
-        S = len(feed.cache.rows[1].lengths)
-        return [x[1].clone() for x in (layer.vectors[:, :, :S], layer.count[:, :S], layer.open,
-                                       layer.query_mean)] + [layer.pool.read(1)]
-    before = state()
-    for _ in range(30):
-        feed.push(feed.tokens(1, 0))
-    assert all(torch.equal(a, b) for a, b in zip(before, state()))
 
 @pytest.mark.parametrize("T", [1, 6])
 @pytest.mark.parametrize("attended", [0, 1, 2])
@@ -408,7 +393,7 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
     q, k = feed.randn(2, 4, 3, 8), feed.randn(2, 2, 3, 8)
     feed.cache.begin(feed.tokens(3))
     for index, q, k, v, message in [
-            (1, q, k, k, "layer 0 is next, got 1"), (0, q[:1], k, k, "for 2 x 3 tokens"),
+            (1, q, k, k, "for layer 0, got layer 1"), (0, q[:1], k, k, "for 2 x 3 tokens"),
             (0, q, k, k[:, :, :2], "for 2 x 3 tokens"), (0, q[:, :3], k, k, "for 2 x 3 tokens"),
             (0, q, k.float(), k.float(), "of torch.float32"),
             (0, q, k[:, :1], k[:, :1], "the H, d and dtype of before"),
@@ -425,7 +410,7 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
     (dict(keep=float("nan")), "keep must be"), (dict(keep="2"), "keep must be"),
     (dict(pool=4), "pool must be odd, got 4"),
     (dict(rank="best"), f"rank must be one of {', '.join(RANKS)}, got 'best'"),
-    (dict(budget=64, recent=32, max_sentence=29), "max_sentence 29 must be at most 28"),
+    (dict(budget=64, recent=32, max_sentence=29), "max_sentence must be 1 to 28"),
     (dict(max_sentence=0), "max_sentence must be")])
 def test_impossible_settings_say_what_to_change(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -505,7 +490,7 @@ def test_memory_counts_every_tensor_that_the_cache_holds():
         elif hasattr(x, "__dict__"):
             walk(list(vars(x).values()))
     walk(feed.cache)
-    assert 0 <= sum(found.values()) - sum(feed.cache.memory().values()) < 30_000    # fetched()
+    assert sum(found.values()) == sum(feed.cache.memory().values())
 
 def test_inference_mode_default_dtype_and_gradients_do_no_harm():
     torch.set_default_dtype(F64)
@@ -540,7 +525,7 @@ def test_products_beyond_float16_still_rank_the_better_sentence(rank):
 def test_select_takes_whole_sentences_in_descending_score(data, B, H, S, places):
     count = torch.tensor([[data.draw(st.integers(0, 6)) for _ in range(S)] for _ in range(B)])
     scores = torch.stack([torch.randperm(S) for _ in range(B * H)]).view(B, H, S).float()
-    slot, used, sentence, taken = select(scores, count, places, k=S)
+    slot, used, sentence, taken = select(scores, count, places, top=S)
     for b, h in itertools.product(range(B), range(H)):
         starts = [0, *itertools.accumulate(count[b].tolist())]
         want = []
@@ -577,7 +562,7 @@ def test_survivors_are_the_largest_in_text_order_and_ties_go_to_the_earlier():
 def test_causal_attention_lets_a_query_see_no_later_key(T, N):
     random = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(2, h, n, 8, generator=random, dtype=F64) for h, n in ((4, T), (2, N), (2, N)))
-    out = causal_attention(q, k, v, step=16)
+    out = causal_attention(q, k, v, chunk=16)
     for b, head, t in itertools.product(range(2), range(4), range(T)):
         end = N - T + t + 1
         want = plain_attention(q[b, head, t:t + 1], k[b, head // 2, :end], v[b, head // 2, :end])
@@ -627,30 +612,22 @@ def test_the_module_imports_torch_and_the_standard_library_alone():
     assert modules - set(sys.stdlib_module_names) == {"torch"}
 
 def test_the_examples_in_the_docstrings_are_true():
-    import doctest
     assert doctest.testmod(sentencekv).failed == 0
-
-def test_the_symbols_of_the_docstring_are_in_the_code():
-    table = sentencekv.__doc__.split("meaning")[1].split("B rows")[0]
-    names = [name for line in table.splitlines() for name in re.findall(r"^    ([a-z_., ]+?)  ", line)]
-    source = Path(sentencekv.__file__).read_text(encoding="utf-8").split('"""', 2)[2]
-    for name in ", ".join(names).split(", "):
-        assert re.search(rf"\b{re.escape(name)}\b", source), name
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @ranks
-def test_on_cuda_the_same_sentences_are_fetched_and_the_same_bits(rank):
-    setting = dict(budget=64, recent=8, rank=rank, dtype=torch.float32)
-    random_words = Feed(13, B=2, **setting)
-    caches = [SentenceKV(TOY_FLAGS, budget=64, recent=8, rank=rank) for _ in range(2)]
+def test_on_cuda_the_same_bits_are_stored_and_the_same_sentences_fetched(rank):
+    feed = Feed(13, B=2, layers=1, dtype=torch.float32)
+    cpu, gpu = (SentenceKV(TOY_FLAGS, budget=64, rank=rank) for _ in range(2))
     for length in (300, *[1] * 20, 40, *[1] * 20):
-        tokens = random_words.tokens(length)
-        q, k, v = (random_words.randn(2, h, length, 8) for h in (4, 2, 2))
+        tokens = feed.tokens(length)
+        qkv = [feed.randn(2, h, length, 8) for h in (4, 2, 2)]
         outs = []
-        for cache, device in zip(caches, ("cpu", "cuda")):
+        for cache, device in ((cpu, "cpu"), (gpu, "cuda")):
             cache.begin(tokens.to(device))
-            outs.append(cache.attend(0, q.to(device), k.to(device), v.to(device)).cpu())
+            outs.append(cache.attend(0, *(x.to(device) for x in qkv)).cpu())
         assert_close(*outs, 2e-5)
-        assert torch.equal(caches[0].layers[0].pool.kv, caches[1].layers[0].pool.kv.cpu())
-    assert caches[1].layers[0].pool.kv.is_pinned()
-    assert torch.equal(caches[0].fetched()[0], caches[1].fetched()[0].cpu())
+    gpu.layers[0].pool.finish_writes()
+    assert gpu.layers[0].pool.kv.is_pinned()
+    assert torch.equal(cpu.layers[0].pool.kv, gpu.layers[0].pool.kv)
+    assert torch.equal(cpu.fetched()[0], gpu.fetched()[0].cpu())

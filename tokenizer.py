@@ -180,8 +180,7 @@ DATED = ("Cutting Knowledge Date: December 2023\n", "Today Date: {date_string}\n
          'date_string = "', 'set system_message = "" %}',
          "set system_message = messages[0]['content']|trim %}")
 # In Jinja: the last name of message['role'], message.role or bos_token, if it follows + or {{
-VARIABLE = re.compile(r"(\+|{{-?)\s*(?:[a-z]\w*(?:\[\w+\])?(?:\.|\[['\"]))?([a-z]\w*)(?:['\"]\])?"
-                      r"(?=\s*[+|}])")
+VARIABLE = re.compile(r"(\+|{{-?)\s*(?:[a-z]\w*(?:\[\w+\])?(?:\.|\[['\"]))?([a-z]\w*)(?:['\"]\])?")
 JOINT = re.compile(r"['\"]?\s*\+\s*['\"]?|{{-?\s*['\"]?|['\"]?\s*-?}}")
 STRIPPED = re.compile(r"\n\Z|\s+(?={[{%#]-)|(?<=-[}%#]})\s+")       # Jinja leaves it out
 BEFORE = r"(?:%}\n?|=\s*['\"])"                                     # where a printed text starts,

@@ -18,7 +18,7 @@ import sentencekv
 from experiments import svg
 from experiments.shapes import SHAPES, random_llama
 from experiments.speed import (checkpoint, clock, command, filled, gpu_check, gpu_common,
-                               gpu_correct, prefill, step)
+                               gpu_correct, gpu_speed, prefill, step)
 from experiments.speed import model as whole
 from experiments.speed.clock import Variant, interleaved
 from experiments.speed.dense import Dense, Offloaded, folded, matmul
@@ -373,8 +373,10 @@ def test_gpu_check_goes_on_when_a_section_crashes_or_hangs(tmp_path, monkeypatch
     results = json.loads((out / "gpu_check.json").read_text())["sections"]
     assert [x["outcome"].split(":")[0] for x in results.values()] == [
         "failed", "out of time", "ok", "left out"]
-    assert results["fine"]["rows"] == json.loads(ROW)["rows"] and "rows" not in results["crash"]
+    assert results["fine"]["rows"] == json.loads(ROW)["rows"]
+    assert "rows" not in results["crash"] and "rows" not in results["missing"]
     assert (out / "gpu_check.svg").is_file()
+    assert gpu_check.everything(["hang"], 1, out) == 1
     assert gpu_check.everything(["fine"], 0.001, out) == 0
     results = json.loads((out / "gpu_check.json").read_text())["sections"]
     assert results["fine"]["outcome"] == "left out: no time"
@@ -449,6 +451,14 @@ def test_a_section_of_gpu_check_runs_on_a_pretended_gpu(
     assert len(results.get("checks", {})) == checks and len(results.get("rows", [])) == rows
     for row in results.get("rows", []):
         assert 0 < row["floor"] and 0 < row["low"] <= row["ms"]
+
+
+def test_a_roomy_pool_does_not_grow():
+    pool = gpu_speed.roomy(HostPool, 100)(1, 2, 16, torch.float32, torch.device("cpu"))
+    place, (kv,) = pool.kv.data_ptr(), random_tensors((2, 20, 2, 16))
+    for _ in range(5):
+        pool.append(0, kv)
+    assert pool.used == [100] and pool.kv.data_ptr() == place
 
 
 def broken_fetch(pool, slot, out):

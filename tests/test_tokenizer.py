@@ -344,6 +344,8 @@ def test_a_model_file_numbers_the_special_tokens_as_llama_3_does(tmp_path):
     assert tok.n_vocab == n + 256 and tok.bos_id == n and tok.stop_ids == {n + 1, n + 8, n + 9}
     assert tok.encode("the the") == [257, 258]
     assert not {*tok.encode("<|eot_id|><|reserved_special_token_9|>")} & {*tok.added.values()}
+    full = load(tmp_path, tokenizer_model([b"%06d" % i for i in range(127744)]))
+    assert full.added["<|begin_of_text|>"] == 128000                 # a file of the largest size
 
 
 def test_a_model_file_and_a_json_file_of_one_vocabulary_agree(tmp_path):
@@ -495,6 +497,8 @@ KNOWN = {
     "raw": (RAW, "chatml", "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
     "indented": (RAW.replace("{% endfor", "    {% endfor"), "chatml", "<|begin_of_text|>" + TURNS,
                  "<|begin_of_text|>" + GIVEN + TURNS),
+    "stripped": (RAW.replace("messages %}", "messages -%}\n\n"), "chatml",
+                 "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
     "literal bos": (RAW.replace("{{ bos_token }}", "<|begin_of_text|>"), "chatml",
                     "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
     "trim": (PLAIN.replace("content']", "content'] | trim"), "chatml", TURNS.replace(" Hi\n", "Hi"),

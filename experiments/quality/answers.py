@@ -12,6 +12,8 @@ def right_answers(model, recording, answer, methods, value=0):
     methods: list of Method; None is dense attention.
     """
     value = max(1, value)
+    if len(answer) == value:            # nothing is left to decode
+        return [True] * len(methods)
     simulators = [Simulator(recording, method) for method in methods]
     given = torch.tensor([answer[:-1]] * len(methods))                      # (methods, T)
     logits = model(given, Batch(simulators), all_logits=True)

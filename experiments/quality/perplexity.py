@@ -3,7 +3,7 @@
     python -m experiments.quality.perplexity novels/*.txt manuals/*.txt --model DIR --log FILE
 
 Each window of a text is a prompt and the tokens after it, which are decoded one by one: every
-method starts from the same exact prompt. A file's folder is its genre, and has its own columns.
+method starts from the same exact prompt. A file's folder is its genre, and has its own table.
 The intervals (95%) are over windows.
 """
 from collections import defaultdict
@@ -39,21 +39,24 @@ def measure(lab, window, prompt):
                      "method": name, "genre": window.genre, "loss": round(loss, 6)})
 
 def report(lab, found, prompt, score):
-    """Print the ratios of perplexity to dense attention, by genre and budget."""
+    """Print the ratios of perplexity to dense attention, a table for each genre and one for all."""
     genres = defaultdict(list)
     for window in found:
         genres[window.genre].append((window.name, prompt, score))
-    columns = [f"{genre}, 1/{part} (n = {len(keys)})"
-               for genre, keys in genres.items() for part in lab.parts]
+    if len(genres) > 1:
+        genres["all"] = [key for keys in genres.values() for key in keys]
+    for genre, keys in genres.items():
+        report_genre(lab, f"{genre}, {prompt} tokens, n = {len(keys)}", keys)
+
+def report_genre(lab, title, keys):
+    dense = [lab.log[(*key, 0, "dense")]["loss"] for key in keys]
     rows = {}
     for name in lab.methods:
         rows[name] = []
-        for keys in genres.values():
-            dense = [lab.log[(*key, 0, "dense")]["loss"] for key in keys]
-            for part in lab.parts:
-                losses = [lab.log[(*key, part, name)]["loss"] for key in keys]
-                rows[name].append(ratio([a - b for a, b in zip(losses, dense)]))
-    table(f"{prompt} tokens of prompt", columns, rows)
+        for part in lab.parts:
+            losses = [lab.log[(*key, part, name)]["loss"] for key in keys]
+            rows[name].append(ratio([a - b for a, b in zip(losses, dense)]))
+    table(title, [f"1/{part}" for part in lab.parts], rows)
 
 def main(argv=None):
     parser = options(__doc__, parts=[8, 16, 32])

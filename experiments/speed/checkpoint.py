@@ -2,7 +2,7 @@
 
     python -m experiments.speed.checkpoint DIR      8K tokens of this project's documents
 
-Each variant computes the same prompt once; then all take turns at decode steps. The last STEPS of
+Each variant computes the same prompt once; then all take turns at decode steps. The last 256 of
 the tokens are left for these. The transformers library (its dense cache) is measured if it is
 installed; this project does not need it. Figures are medians with the quartiles in brackets.
 """
