@@ -352,7 +352,8 @@ class Settings:
         if self.max_sentence is None:
             self.max_sentence = min(6, -(-rest // 3))                 # about 3 fit into the rest
         need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
-             f"max_sentence must be 1 to {rest} (budget - sink - recent), got {self.max_sentence!r}")
+             f"max_sentence must be 1 to {rest} (budget - sink - recent), "
+             f"got {self.max_sentence!r}")
         need(self.keep is None or type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
              f"keep must be None or a number of at least 1, got {self.keep!r}")
         need(self.keep is None or self.window <= self.keep * self.budget,
@@ -406,7 +407,7 @@ class SentenceKV:
         return torch.tensor(before, device=tokens.device) + position
 
     def _prepare(self, new, first, sentence):
-        """Make what all layers need in this forward; sentence (B, T): the sentence of each token."""
+        """Make what all layers need in this forward; sentence (B, T): that of each token."""
         s, (B, T), device = self.settings, sentence.shape, sentence.device
         self.length = max(len(row.tokens) for row in self.rows)
         last = [len(row.lengths) - 1 for row in self.rows]
@@ -480,6 +481,7 @@ class SentenceKV:
         """T = 1: rank the sentences, fetch the best, attend to them and to the token itself."""
         if layer.observed is not None:
             self._prune(layer)
+            layer.observed = None
         query = q.view(layer.query_mean.shape).float()                # (B, H, G, d)
         # Paper: Sec. 4.2 averages over the complete sentence; Algorithm 1 and this code over the
         # queries so far.
@@ -530,8 +532,8 @@ class SentenceKV:
 
     def _prune(self, layer):
         """keep=r: store only the floor(r * budget) most important tokens of each row."""
-        s, pool, count, observed = self.settings, layer.pool, layer.count, layer.observed
-        n, layer.observed = int(s.keep * s.budget), None
+        s, pool, count = self.settings, layer.pool, layer.count
+        n = int(s.keep * s.budget)
         if max(pool.used) <= n:
             return
         B, _, H, _, d = pool.kv.shape
@@ -542,7 +544,7 @@ class SentenceKV:
             kv = pool.read(b)                                         # (H, T, 2, d)
             sentence = torch.arange(self.room, device=kv.device).repeat_interleave(count[b])
             if length > n:
-                alpha = importance(observed[b], kv[:, :, 0], s.pool)
+                alpha = importance(layer.observed[b], kv[:, :, 0], s.pool)
                 near = (sentence == 0) | (sentence >= sentence[-min(s.recent, length)])
                 kept = survivors(alpha.masked_fill(near, float("inf")), n)
                 kv, sentence = kv[:, kept], sentence[kept]

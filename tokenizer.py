@@ -185,7 +185,7 @@ JOINT = re.compile(r"['\"]?\s*\+\s*['\"]?|{{-?\s*['\"]?|['\"]?\s*-?}}")
 STRIPPED = re.compile(r"\n\Z|\s+(?={[{%#]-)|(?<=-[}%#]})\s+")       # Jinja leaves it out
 BEFORE = r"(?:%}\n?|=\s*['\"])"                                     # where a printed text starts,
 AFTER = r"(?=(?:(?<=\n)[ \t]*)?{%|['\"]\s*-?%}|\Z)"                  # and where it ends
-UNUSUAL = re.compile(r"strip|<think>|SYSTEM_PROMPT|['\"]role['\"]\s*:")     # adds or changes messages
+UNUSUAL = re.compile(r"strip|<think>|SYSTEM_PROMPT|['\"]role['\"]\s*:")     # it alters messages
 
 class Template(namedtuple("Template", "name turns bos trim system preface")):
     """system: added if the first message is not the system's (or None); preface: precedes it."""

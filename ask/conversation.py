@@ -42,9 +42,7 @@ class ChatTurns:
         if first:
             return self.tokenizer.encode("\n\n" + question) + self.tokenizer.chat([], after="user")
         ids = self.tokenizer.chat([{"role": "user", "content": question}], after="assistant")
-        if last in self.stop_ids and last in ids:           # the model has closed its turn itself
-            ids = ids[ids.index(last) + 1:]
-        return ids
+        return ids[1:] if ids[0] == last else ids           # if the model has closed its turn
 
     def fits(self, ids):
         """Do the ids begin as a text does, up to the last special token before its content?"""

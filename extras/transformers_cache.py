@@ -32,7 +32,6 @@ class SentenceCache(Cache):
             need(shown.equal(self.real & (self.real.cumsum(1) <= length)), "attention_mask may "
                  "only hide the end of a cached row, and may not show padding again")
             truncate(self.kv, length.flatten().tolist())
-            self.real = shown
         order = real.logical_not().byte().argsort(dim=1, stable=True)       # (B, T)
         positions = self.kv.begin(ids.masked_fill(~real, -1).gather(1, order))
         self.real = torch.cat((shown, real), dim=1)

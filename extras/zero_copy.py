@@ -60,7 +60,7 @@ class CarefulPool(HostPool):
                 CarefulPool.can_pin = False
                 warnings.warn("host memory cannot be pinned: fetching will be slower")
         try:
-            return torch.zeros(shape, dtype=dtype, device="cpu")
+            return torch.empty(shape, dtype=dtype, device="cpu")
         except RuntimeError as error:
             size = math.prod(shape) * dtype.itemsize / 1e9
             raise MemoryError(f"no host memory for {size:.1f} GB of keys and values of one layer: "

@@ -98,6 +98,7 @@ def test_every_setting_reaches_the_cache_and_the_models_generation(file, tiny, m
     paper = options.cache_settings(options.parse(["--paper", "--budget", "99"]))
     assert (paper["keep"], paper["pool"], paper["budget"]) == (2, 7, 99)
     assert options.cache_settings(options.parse([])) == {"budget": 256}
+    assert options.cache_settings(options.parse(["--sink", "0"])) == {"budget": 256, "sink": 0}
     assert options.cache_settings(options.parse(["--prompt-file", file])) == {}
 
     seen = {}
@@ -296,6 +297,14 @@ def test_a_conversation_in_pieces_is_the_chat_template_of_the_whole(chat, cut):
     special = set(chat.added.values())
     assert [i for i in ids if i in special] == [i for i in chat.chat(messages) if i in special]
 
+def test_a_conversation_knows_which_question_is_the_first(chat):
+    turns, end = ChatTurns(chat), max(chat.stop_ids)
+    talk = Conversation(None, chat, SimpleNamespace(length=5), options.parse(CPU))
+    assert talk.question("Who?", turns) == turns.question("Who?", True, None)
+    talk.length, talk.unread = 9, [end]
+    assert talk.question("Who?", turns) == turns.question("Who?", False, end)
+    assert turns.question("Who?", False, end) != turns.question("Who?", True, end)
+
 def test_plain_turns_follow_each_other_as_text(tiny):
     tokenizer = tiny[1]
     turns = PlainTurns(tokenizer, end=".")
@@ -422,6 +431,13 @@ def test_bad_input_gives_one_line_before_the_model_is_loaded(
     assert re.match("error: .*" + message, err) and err.count("\n") == 1 and not out
     assert Path("fifo").is_fifo() and Path("link").is_symlink()
     assert sorted(os.listdir()) == ["empty", "fifo", "latin1", "link", "plain"]
+
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(options.os, "access", lambda path, mode: mode != os.W_OK)
+    options.check_save(tmp_path / "new")
+    (tmp_path / "old").write_text("")
+    with pytest.raises(ValueError, match="old is write-protected"):
+        options.check_save(tmp_path / "old")
 
 def test_what_the_tokenizer_cannot_encode_is_said_before_the_text_is_read(
         file, capsys, monkeypatch):

@@ -797,16 +797,16 @@ def test_memory_that_cannot_be_pinned_is_used_with_one_warning(pretended_gpu, mo
     caches = [toy_cache(host_pool=kind) for kind in kinds]
     for cache in caches:
         model(torch.tensor([toy_text(random.Random(0), 40)]).cuda(), cache)
-    zeros = torch.zeros
+    empty = torch.empty
 
     def no_pinned(*args, pin_memory=False, **kwargs):
         if pin_memory:
             raise RuntimeError("CUDA error: out of memory")
-        return zeros(*args, **kwargs)
+        return empty(*args, **kwargs)
 
     tokens = torch.tensor([toy_text(rng, 500)]).cuda()
     expected = [model(tokens, caches[0]), model(tokens[:, :1], caches[0])]
-    monkeypatch.setattr(torch, "zeros", no_pinned)
+    monkeypatch.setattr(torch, "empty", no_pinned)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got = [model(tokens, caches[1]), model(tokens[:, :1], caches[1])]
@@ -818,7 +818,7 @@ def test_memory_that_cannot_be_pinned_is_used_with_one_warning(pretended_gpu, mo
 def test_too_little_host_memory_says_what_to_do(monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(MemoryError, match="no host memory for 0.0 GB .* lower keep, or shorten"):
         CarefulPool(1, 2, 4, torch.float32, torch.device("cpu"))
 

@@ -526,7 +526,7 @@ UNKNOWN = {
     "newline left out": RAW.replace("{% endfor %}", "{%- endfor %}"),
     "newline left out after the role": RAW.replace("m.role }}", "m.role -}}"),
     "spaces after the turn": RAW.replace("\n{% endfor", "  {% endfor"),
-    "bos before every turn": PLAIN.replace("{{ '<|im_start|>' +", "{{ bos_token + '<|im_start|>' +"),
+    "bos before every turn": PLAIN.replace("{{ '<|im_start|>'", "{{ bos_token + '<|im_start|>'"),
     "trim elsewhere": PLAIN.replace("{{ '<|im_start|>' +", "{% set message = message | trim %}"
                                     "{{ '<|im_start|>' +"),
     "strip": PLAIN + "{{ x.strip() }}",
