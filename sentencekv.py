@@ -144,10 +144,13 @@ def importance(q, k, pool=1):
     """
     (Hq, N, d), (H, T, _) = q.shape, k.shape
     q = q.reshape(H, -1, d) * d ** -0.5                               # (H, G * N, d)
-    logits = (q @ k.transpose(1, 2)).float().view(Hq, N, T)
+    logits = (q @ k.transpose(1, 2)).float()                          # (H, G * N, T)
+    logits = logits.view(Hq, N, T)
     future = torch.ones_like(logits[0], dtype=torch.bool).triu(T - N + 1)
-    alpha = logits.masked_fill(future, float("-inf")).softmax(-1).sum((0, 1))
-    before = F.max_pool1d(alpha[None, :-N], pool, stride=1, padding=pool // 2)
+    weights = logits.masked_fill(future, float("-inf")).softmax(-1)   # (Hq, N, T)
+    alpha = weights.sum((0, 1))
+    before = alpha[None, :-N]
+    before = F.max_pool1d(before, pool, stride=1, padding=pool // 2)
     return torch.cat((before[0], alpha[-N:]))
 
 def survivors(alpha, n):
@@ -172,7 +175,8 @@ class Mean:
         return total / n
     def score(q, query_mean, vectors, candidates):
         query = query_mean.mean(2, keepdim=True) * q.shape[-1] ** -0.5          # (B, H, 1, d)
-        return (query.to(vectors.dtype) @ vectors.transpose(2, 3)).squeeze(2)
+        query = query.to(vectors.dtype)
+        return (query @ vectors.transpose(2, 3)).squeeze(2)
 
 class Ball:
     """The keys of a sentence as a ball: mean key m and radius r, the rms distance from the mean.
@@ -183,11 +187,13 @@ class Ball:
     """
 
     def features(k):
-        return torch.cat((k, (k * k).sum(-1, keepdim=True)), dim=-1)            # w = d + 1
+        square = (k * k).sum(-1, keepdim=True)
+        return torch.cat((k, square), dim=-1)                         # w = d + 1
     def vector(total, n):
         mean, square = (total / n).tensor_split((-1,), dim=-1)
         variance = square - (mean * mean).sum(-1, keepdim=True)
-        return torch.cat((mean, variance.clamp(min=0).sqrt()), dim=-1)
+        radius = variance.clamp(min=0).sqrt()
+        return torch.cat((mean, radius), dim=-1)
     def score(q, query_mean, vectors, candidates):
         x = (q + query_mean) / 2 * q.shape[-1] ** -0.5                # (B, H, G, d)
         length = x.norm(dim=-1, keepdim=True)
@@ -200,8 +206,9 @@ class Ball:
 
 RANKS = {"mean": Mean, "ball": Ball}
 # The paper's settings, and those of the authors' code: SentenceKV(flags, **PAPER)
-PAPER = dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7,
-             max_sentence=64)
+PAPER = dict(
+    rank="mean", keep=2, budget=1024, sink=32,
+    recent=32, window=32, pool=7, max_sentence=64)
 
 # ------------------------------------------------------------------ 4. Selection and attention
 
@@ -313,7 +320,8 @@ class HostPool:
         buffer = out
         if self.stream is not None:     # PyTorch reuses pinned memory only after the copy below
             buffer = self.allocate(out.shape, out.dtype)
-        source, target = self.kv.view(-1, 2 * d), buffer.view(-1, 2 * d)
+        source = self.kv.view(-1, 2 * d)
+        target = buffer.view(-1, 2 * d)
         torch.index_select(source, 0, index.flatten(), out=target)
         if self.stream is not None:
             out.copy_(buffer, non_blocking=True)
@@ -321,7 +329,8 @@ class HostPool:
     def read(self, b):
         """All tokens of row b, on the device: (H, n, 2, d)."""
         self.finish_writes()
-        return self.kv[b, :self.used[b]].to(self.device).transpose(0, 1)
+        kv = self.kv[b, :self.used[b]].to(self.device)                # (n, H, 2, d)
+        return kv.transpose(0, 1)
 
     def finish_writes(self):
         """Block until all appended tokens have arrived in CPU memory."""
@@ -399,9 +408,12 @@ class SentenceKV:
         self.next_layer = None      # stays None if this forward fails: the next begin() raises
         before = [[len(row.tokens)] for row in self.rows]
         first = [len(row.lengths) - 1 for row in self.rows]
-        sentence = [[row.add(i) for i in ids] for row, ids in zip(self.rows, tokens.tolist())]
+        sentence = []
+        for row, ids in zip(self.rows, tokens.tolist()):
+            sentence.append([row.add(token) for token in ids])
         new = [len(row.tokens) - n for row, [n] in zip(self.rows, before)]
-        self._prepare(new, first, torch.tensor(sentence, device=tokens.device))
+        sentence = torch.tensor(sentence, device=tokens.device)       # (B, T)
+        self._prepare(new, first, sentence)
         self.next_layer = 0
         position = torch.arange(tokens.shape[1], device=tokens.device)
         return torch.tensor(before, device=tokens.device) + position
@@ -423,9 +435,11 @@ class SentenceKV:
             elif new[b] > 0:
                 self.queries[b] = 0
         weight = [n / max(1, m) for n, m in zip(new, self.queries)]
+        weight = torch.tensor(weight, dtype=torch.float32, device=device)
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
         oldest = [[row.sentence_of_last(s.recent)] for row in self.rows]
-        near = torch.arange(self.room, device=device) >= torch.tensor(oldest, device=device)
+        number = torch.arange(self.room, device=device)
+        near = number >= torch.tensor(oldest, device=device)          # (B, S)
         near[:, 0] = True
         self.step = SimpleNamespace(
             new=new,                    # B ints: number of new tokens
@@ -433,7 +447,7 @@ class SentenceKV:
             last=last,                  # B ints: the sentence that is open now, the last to change
             sentence=sentence,          # (B, T)
             near=near,                  # (B, S)
-            weight=torch.tensor(weight, dtype=torch.float32, device=device).view(B, 1, 1, 1))
+            weight=weight.view(B, 1, 1, 1))             # share of q in query_mean
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -458,13 +472,15 @@ class SentenceKV:
         out = attention(layer, q, kv)
         for b, n in enumerate(step.new):
             sentence = step.sentence[b, :n]
-            self._append(layer, b, kv[b, :, :n], sentence, step.first[b], step.last[b])
+            new = kv[b, :, :n]                                        # (H, n, 2, d)
+            self._append(layer, b, new, sentence, step.first[b], step.last[b])
         self.next_layer = index + 1
         return out
 
     def _new_layer(self, q, k):
         """What a layer stores. All of it is on the device, except for the pool."""
-        (B, Hq, _, d), H, s = q.shape, k.shape[1], self.settings
+        B, Hq, _, d = q.shape
+        H, s = k.shape[1], self.settings
         features = self.rule.features(k[:, :, 0].float())             # (B, H, w)
         if self.attended is None:
             self.attended = k.new_zeros(B, H, s.budget, 2, d)
@@ -493,11 +509,12 @@ class SentenceKV:
         places, top = self.settings.budget - 1, min(self.ranked, self.room)
         slot, filled, sentence, taken = select(scores, layer.count, places, top)
         layer.fetched = (sentence, taken)
-        layer.pool.fetch(F.pad(slot, (0, 1)), out=self.attended)
+        slot = F.pad(slot, (0, 1))                                    # (B, H, budget)
+        layer.pool.fetch(slot, out=self.attended)
         self.attended[:, :, -1] = kv[:, :, 0]                         # the last place: the token
-        mask = F.pad(filled, (0, 1), value=True)[:, :, None]          # (B, H, 1, budget)
+        mask = F.pad(filled, (0, 1), value=True)                      # (B, H, budget)
         keys, values = self.attended.unbind(3)                        # (B, H, budget, d)
-        return grouped_attention(q, keys, values, mask)
+        return grouped_attention(q, keys, values, mask[:, :, None])
 
     def _prompt(self, layer, q, kv):
         """T > 1: exact attention, row by row, since rows can have different lengths."""
@@ -505,10 +522,13 @@ class SentenceKV:
         for b, n in enumerate(self.step.new):
             if n > 0:
                 stored = layer.pool.read(b)                           # (H, M - n, 2, d)
-                keys, values = torch.cat((stored, kv[b, :, :n]), dim=1)[None].unbind(3)
-                out[b:b + 1, :, :n] = causal_attention(q[b:b + 1, :, :n], keys, values)
+                both = torch.cat((stored, kv[b, :, :n]), dim=1)       # (H, M, 2, d)
+                keys, values = both[None].unbind(3)                   # (1, H, M, d)
+                row = slice(b, b + 1)
+                out[row, :, :n] = causal_attention(q[row, :, :n], keys, values)
             if layer.observed is not None:
-                queries = torch.cat((layer.observed[b], q[b, :, :n]), dim=1)
+                new = q[b, :, :n]                                     # (Hq, n, d)
+                queries = torch.cat((layer.observed[b], new), dim=1)
                 layer.observed[b] = queries[:, -self.settings.window:]
         return out
 
@@ -527,8 +547,9 @@ class SentenceKV:
         total[:, 0] = layer.open[b]
         total.index_add_(1, sentence - first, features)               # (H, last + 1 - first, w)
         layer.open[b] = total[:, -1]
-        n = layer.count[b, first:last + 1, None].clamp(min=1)
-        layer.vectors[b, :, first:last + 1] = self.rule.vector(total, n)
+        changed = slice(first, last + 1)
+        n = layer.count[b, changed, None].clamp(min=1)
+        layer.vectors[b, :, changed] = self.rule.vector(total, n)
 
     def _prune(self, layer):
         """keep=r: store only the floor(r * budget) most important tokens of each row."""
@@ -551,14 +572,17 @@ class SentenceKV:
             self._append(layer, b, kv, sentence, 0, self.step.first[b])
 
     def _check_tokens(self, tokens):
-        need(tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32) and tokens.numel() > 0,
+        integers = tokens.dtype in (torch.int64, torch.int32)
+        need(integers and tokens.ndim == 2 and tokens.numel() > 0,
              f"tokens must be int64 (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
-        need(self.next_layer == len(self.layers) and bool(self.rows) == bool(self.layers),
+        complete = self.next_layer == len(self.layers)
+        need(complete and bool(self.rows) == bool(self.layers),
              "the last forward was interrupted: truncate this cache, or use a new one")
         B, real = len(self.rows), tokens >= 0
         need(B in (0, len(tokens)), f"this cache holds {B} rows, got tokens for {len(tokens)}")
         need(B > 0 or real[:, 0].all(), "every row needs a token in the first forward")
-        need(tokens.min() >= -1 and not (real[:, 1:] > real[:, :-1]).any(),
+        resumes = real[:, 1:] > real[:, :-1]
+        need(tokens.min() >= -1 and not resumes.any(),
              "-1 is padding: it must follow all tokens of a row, and no id may be below -1")
 
     def _check_layer(self, index, q, k, v):
@@ -569,10 +593,12 @@ class SentenceKV:
         need(index < len(self.layers) or first_forward,
              f"an earlier forward was interrupted before layer {index}: use a new cache")
         (B, T), (_, H, _, d) = self.step.sentence.shape, k.shape
-        fits = q.shape == (B, q.shape[1], T, d) and k.shape == v.shape == (B, H, T, d)
+        fits = q.shape == (B, q.shape[1], T, d)
+        fits = fits and k.shape == v.shape == (B, H, T, d)
         if index < len(self.layers):
             kv = self.layers[index].pool.kv
-            fits = fits and (H, d, k.dtype) == (kv.shape[2], kv.shape[4], kv.dtype)
+            before = (kv.shape[2], kv.shape[4], kv.dtype)
+            fits = fits and (H, d, k.dtype) == before
         need(fits and q.shape[1] % H == 0, f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} "
              f"x {T} tokens, with the H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, "
              f"{[*v.shape]} of {k.dtype}")
@@ -584,7 +610,8 @@ class SentenceKV:
         each. Sentence s of row b has rows[b].lengths[s] tokens of the text rows[b].tokens.
         """
         need(self.layers and self.layers[-1].fetched, "no decode step has fetched anything yet")
-        return [torch.stack(x) for x in zip(*(layer.fetched for layer in self.layers))]
+        fetched = [layer.fetched for layer in self.layers]
+        return [torch.stack(x) for x in zip(*fetched)]
 
     def memory(self):
         """Bytes of all tensors: {"device": ..., "host": ...}."""
