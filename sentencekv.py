@@ -29,7 +29,6 @@ G = Hq / H query heads of a group share a KV head. Differences from the paper fo
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -42,16 +41,23 @@ def need(condition, message):
 
 # ------------------------------------------------------------------------------ 1. Segmentation
 
-ENDS = "。！？｡।॥؟۔።։။"            # a sentence ends after these
-MAY_END = ".!?…"                  # only if white space follows: "3.14" is not split
-CLOSERS = "\"'`*_)]}»”’」』）】》〉"   # may follow the stop: quotes, brackets, Markdown
-OPENERS = "\"'`*_([{«“‘"          # may precede the last word
-NOTE = re.compile(r"\[[^][.!?]*\]")     # such as [2]: part of the sentence before it
-ABBREVIATIONS = frozenset(
-    "mr mrs ms dr ph.d prof st jr sr rev hon gen col maj capt lt sgt sen rep gov inc ltd co corp "
-    "vs cf ca mt ft fig eq vol pp jan feb mar apr jun jul aug sept sep oct nov dec".split())
-GOES_ON = ("…", "..", ". .", "etc.")    # no end if a lower-case word follows
-TAIL = 48                         # trailing bytes of the open sentence that the rules see
+STOPS = ".!?…。！？｡।॥؟۔።։။"
+CLOSERS = "]\"'`*_)}»”’」』）】》〉"       # may follow a stop: brackets, quotes, Markdown
+OPENERS = "\"'`*_([{«“‘"                # may precede a word
+PARAGRAPH = re.compile(r"(\n\s*\n|\u2029)\s*$")
+SENTENCE_END = re.compile(rf"""
+    ( [。！？｡।॥؟۔።։။] | [.!?…] (?=.*\s$) )    # after . ! ? … white space must follow: "3.14"
+    ( [{CLOSERS}] | \s*\[[^][.!?]*\] )*         # notes such as [2] belong to the sentence
+    \s*$""", re.VERBOSE | re.DOTALL)
+# A full stop after these ends no sentence: abbreviations, initials ("J. R.", "U.S."), "1."
+ABBREVIATION = re.compile(rf"""
+    (?<![^\s{OPENERS}])
+    ( mr|mrs|ms|dr|ph\.d|prof|st|jr|sr|rev|hon|gen|col|maj|capt|lt|sgt|sen|rep|gov|inc|ltd|co|corp
+    | vs|cf|ca|mt|ft|fig|eq|vol|pp|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec
+    | (?! (?-i:I)\.\W*$ ) [^\W\d_] (\.[^\W\d_])* ) \.\W*$     # but "I" ends one
+    | ^[\W\d_]*$""", re.VERBOSE | re.IGNORECASE)
+# After these, a sentence goes on with a lower-case word: "Why?" he asked, and so on... and, etc.
+GOES_ON = re.compile(rf"([.!?…][{CLOSERS}]+|…|\.\ ?\.|etc\.)\s*$")
 
 def starts_sentence(before, after):
     """Does the text `after` start a new sentence? `before`: the end of the open sentence.
@@ -60,33 +66,14 @@ def starts_sentence(before, after):
     [True, False]
     """
     word = after.lstrip()
-    text = NOTE.sub("", before + after[:len(after) - len(word)])    # all that precedes the word
-    end = text.rstrip()
-    gap = text[len(end):]                               # white space between stop and word
-    core = end.rstrip(CLOSERS)
-    if word == "" or (gap == "" and word[0] in CLOSERS):
-        return False                                    # belongs to the open sentence
-    if gap.count("\n") >= 2 or "\u2029" in gap:
-        return True                                     # a paragraph ends
-    if core == "" or word[0] in MAY_END + "[":
-        return False                                    # nothing before it, or ". . ." or "[2]"
-    stop = core[-1]
-    if word[0] in ENDS:
-        return word.lstrip(ENDS + CLOSERS).strip() != ""    # "。他": a stop and the next word
-    if stop in ENDS:
-        return True
-    if gap == "" or stop not in MAY_END:
+    text = before + after[:len(after) - len(word)]      # all that precedes the word
+    if word == "" or (word[0] in CLOSERS and not text[-1:].isspace()):
         return False
-    if word[0].islower() and (core != end or core.endswith(GOES_ON)):
-        return False                                    # "Why?" he asked, "etc. and"
-    if not any(map(str.isalpha, core)):
-        return False                                    # no words yet: "1. Introduction"
-    return stop != "." or not is_abbreviation(core[:-1].split()[-1].lstrip(OPENERS))
-
-def is_abbreviation(word):
-    """Is a full stop after this word part of an abbreviation? "Dr", "J", "U.S", but not "I"."""
-    letters = all(len(part) == 1 and part.isalpha() for part in word.split("."))
-    return word.lower() in ABBREVIATIONS or (letters and word != "I")
+    if PARAGRAPH.search(text):
+        return True
+    if word[0] in STOPS + "[" or not SENTENCE_END.search(text) or ABBREVIATION.search(text):
+        return False
+    return not (word[0].islower() and GOES_ON.search(text))
 
 def sentence_flags(token_bytes):
     """What Segmenter needs of a vocabulary: token bytes (None: special) -> list of bytes.
@@ -108,31 +95,26 @@ class Segmenter:
         self.sink = sink
         self.max_sentence = max_sentence
         self.tokens = []        # all tokens of the row
+        self.sentence = []      # the sentence of each token
         self.lengths = [0]      # tokens in each sentence; sentence 0 is the sink
         self.tail = b""         # end of the open sentence, as bytes: a character can span tokens
 
     def add(self, token):
         """Append a token, unless it is padding (-1); return the number of its sentence."""
         if token >= 0:
-            position = len(self.tokens)
-            self.tokens.append(token)
             new = self.flags[token] if token < len(self.flags) else b""
             texts = [raw.decode(errors="replace") for raw in (self.tail, new)]
             starts = starts_sentence(*texts)
-            self.tail = new if starts else (self.tail + new)[-TAIL:]
+            self.tail = new if starts else (self.tail + new)[-48:]
+            full = self.lengths[-1] == self.max_sentence
+            position = len(self.tokens)
             if position >= self.sink:
-                if starts or position == self.sink or self.lengths[-1] == self.max_sentence:
+                if starts or full or position == self.sink:
                     self.lengths.append(0)
             self.lengths[-1] += 1
+            self.tokens.append(token)
+            self.sentence.append(len(self.lengths) - 1)
         return len(self.lengths) - 1
-
-    def sentence_of_last(self, n):
-        """Number of the sentence that contains the first of the last n tokens."""
-        for number in reversed(range(len(self.lengths))):
-            n -= self.lengths[number]
-            if n <= 0:
-                break
-        return number
 
 # ------------------------------------------- 2. Prefill: which tokens survive (only with keep=r)
 
@@ -196,9 +178,8 @@ class Ball:
         return torch.cat((mean, radius), dim=-1)
     def score(q, query_mean, vectors, candidates):
         x = (q + query_mean) / 2 * q.shape[-1] ** -0.5                # (B, H, G, d)
-        length = x.norm(dim=-1, keepdim=True)
-        center = torch.cat((x, torch.zeros_like(length)), dim=-1)     # (x, 0) . (m, r)
-        edge = torch.cat((x, length), dim=-1)                         # (x, |x|) . (m, r)
+        center = F.pad(x, (0, 1))                                     # (x, 0) . (m, r)
+        edge = torch.cat((x, x.norm(dim=-1, keepdim=True)), dim=-1)   # (x, |x|) . (m, r)
         views = torch.cat((center, edge), dim=2).to(vectors.dtype)    # (B, H, 2 * G, w)
         logits = (views @ vectors.transpose(2, 3)).float()            # (B, H, 2 * G, S)
         logits = logits.masked_fill(~candidates[:, None, None], float("-inf"))
@@ -211,13 +192,6 @@ PAPER = dict(
     recent=32, window=32, pool=7, max_sentence=64)
 
 # ------------------------------------------------------------------ 4. Selection and attention
-
-def enough_sentences(lengths, budget):
-    """The smallest n such that any n sentences hold `budget` tokens: [4, 9, 2, 3], 6 -> 3."""
-    for n, total in enumerate(accumulate(sorted(lengths)), start=1):
-        if total >= budget:
-            break
-    return n
 
 def select(scores, count, places, top):
     """Take whole sentences in descending score until all places are filled (Algorithm 1).
@@ -240,14 +214,11 @@ def select(scores, count, places, top):
     # Lay the best sentences end to end: each occupies places start to stop - 1.
     stop = count.gather(2, sentence).cumsum(2).clamp(max=places)      # (B, H, top)
     start = F.pad(stop, (1, 0))[:, :, :-1]
-    # The sentence at a place has as many others before it as stop at or before this place.
-    stops = F.pad(torch.zeros_like(stop[:, :, :1]), (0, places))      # (B, H, places + 1)
-    stops.scatter_add_(2, stop, torch.ones_like(stop))
-    owner = stops.cumsum(2)[:, :, :-1].clamp(max=top - 1)             # (B, H, places)
-    place = torch.arange(places, device=scores.device)
-    filled = place < stop[:, :, -1:]
+    place = torch.arange(places, device=scores.device).repeat(*scores.shape[:2], 1)
+    filled = place < stop[:, :, -1:]                                  # (B, H, places)
+    owner = torch.searchsorted(stop, place, right=True)               # rank of its sentence
     shift = offset.gather(2, sentence) - start                        # from place to slot
-    slot = place + shift.gather(2, owner)
+    slot = place + shift.gather(2, owner.clamp(max=top - 1))
     return slot.where(filled, 0), filled, sentence, stop - start
 
 def grouped_attention(q, k, v, mask=None):
@@ -352,21 +323,21 @@ class Settings:
     max_sentence: int = None    # longer ones are cut into pieces; None: 6, less if budget is small
 
     def __post_init__(self):
-        for name, least in dict(budget=1, sink=0, recent=1, window=1, pool=1).items():
-            value = getattr(self, name)
+        for name in ("budget", "sink", "recent", "window", "pool"):
+            value, least = getattr(self, name), int(name != "sink")
             need(type(value) is int and value >= least,
                  f"{name} must be an int of at least {least}, got {value!r}")
         rest = self.budget - self.sink - self.recent
         need(rest > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - rest}")
         if self.max_sentence is None:
             self.max_sentence = min(6, -(-rest // 3))                 # about 3 fit into the rest
-        need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
-             f"max_sentence must be 1 to {rest} (budget - sink - recent), "
-             f"got {self.max_sentence!r}")
-        need(self.keep is None or type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
-             f"keep must be None or a number of at least 1, got {self.keep!r}")
-        need(self.keep is None or self.window <= self.keep * self.budget,
-             f"window must be at most keep * budget, got {self.window}")
+        need(self.max_sentence in range(1, rest + 1), f"max_sentence must be 1 to {rest} "
+             f"(budget - sink - recent), got {self.max_sentence!r}")
+        if self.keep is not None:
+            need(type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
+                 f"keep must be None or a number of at least 1, got {self.keep!r}")
+            need(self.window <= self.keep * self.budget,
+                 f"window must be at most keep * budget, got {self.window}")
         need(self.pool % 2 == 1, f"pool must be odd, got {self.pool}")
         need(self.rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
 
@@ -385,7 +356,6 @@ class SentenceKV:
         self.rows = []          # one Segmenter per row of the batch: token ids and sentence lengths
         self.length = 0         # tokens in the longest row
         self.queries = []       # per row, the number of queries averaged in query_mean
-        self.ranked = 0         # how many of the best sentences select() considers
         self.room = 0           # S: the layers have room for this many sentences
         self.step = None        # what all layers need in one forward: begin() makes it
         self.layers = []        # what each layer stores, see _new_layer
@@ -401,43 +371,21 @@ class SentenceKV:
         without a token in this step. Raises ValueError on bad input, and then changes nothing.
         """
         self._check_tokens(tokens)
+        s, (B, T), device = self.settings, tokens.shape, tokens.device
         if not self.rows:
-            s = self.settings
-            self.rows = [Segmenter(self.flags, s.sink, s.max_sentence) for _ in tokens]
-            self.queries = [0] * len(tokens)
+            self.rows = [Segmenter(self.flags, s.sink, s.max_sentence) for _ in range(B)]
+            self.queries = [0] * B
         self.next_layer = None      # stays None if this forward fails: the next begin() raises
-        before = [[len(row.tokens)] for row in self.rows]
+        start = [[len(row.tokens)] for row in self.rows]
         first = [len(row.lengths) - 1 for row in self.rows]
-        sentence = []
-        for row, ids in zip(self.rows, tokens.tolist()):
-            sentence.append([row.add(token) for token in ids])
-        new = [len(row.tokens) - n for row, [n] in zip(self.rows, before)]
-        sentence = torch.tensor(sentence, device=tokens.device)       # (B, T)
-        self._prepare(new, first, sentence)
-        self.next_layer = 0
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        return torch.tensor(before, device=tokens.device) + position
-
-    def _prepare(self, new, first, sentence):
-        """Make what all layers need in this forward; sentence (B, T): that of each token."""
-        s, (B, T), device = self.settings, sentence.shape, sentence.device
-        self.length = max(len(row.tokens) for row in self.rows)
+        sentence = [[row.add(id) for id in ids] for row, ids in zip(self.rows, tokens.tolist())]
         last = [len(row.lengths) - 1 for row in self.rows]
-        if last != first or self.ranked == 0:
-            enough = max(enough_sentences(row.lengths, s.budget) for row in self.rows)
-            self.ranked = s.budget if s.keep else enough    # pruned ones may have a single token
+        new = [len(row.tokens) - n for row, [n] in zip(self.rows, start)]
+        self.length = max(len(row.tokens) for row in self.rows)
         if max(last) >= self.room:
             self.room = max(last) + 65          # 64 to spare
-        # The mean query (Eq. 2) restarts with every sentence and after every prompt.
-        for b, row in enumerate(self.rows):
-            if T == 1:
-                self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1])
-            elif new[b] > 0:
-                self.queries[b] = 0
-        weight = [n / max(1, m) for n, m in zip(new, self.queries)]
-        weight = torch.tensor(weight, dtype=torch.float32, device=device)
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
-        oldest = [[row.sentence_of_last(s.recent)] for row in self.rows]
+        oldest = [row.sentence[-s.recent:][:1] for row in self.rows]
         number = torch.arange(self.room, device=device)
         near = number >= torch.tensor(oldest, device=device)          # (B, S)
         near[:, 0] = True
@@ -445,9 +393,21 @@ class SentenceKV:
             new=new,                    # B ints: number of new tokens
             first=first,                # B ints: the sentence that was open, the first to change
             last=last,                  # B ints: the sentence that is open now, the last to change
-            sentence=sentence,          # (B, T)
-            near=near,                  # (B, S)
-            weight=weight.view(B, 1, 1, 1))             # share of q in query_mean
+            sentence=torch.tensor(sentence, device=device),           # (B, T)
+            near=near,                                                # (B, S)
+            weight=self._query_weight(new, T).to(device))             # (B,)
+        self.next_layer = 0
+        return torch.tensor(start, device=device) + torch.arange(T, device=device)
+
+    def _query_weight(self, new, T):
+        """Share of the new query in query_mean, which restarts with sentences and prompts."""
+        for b, row in enumerate(self.rows):
+            if T == 1:
+                self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1])
+            elif new[b] > 0:
+                self.queries[b] = 0
+        weight = [n / max(1, m) for n, m in zip(new, self.queries)]
+        return torch.tensor(weight, dtype=torch.float32)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -501,12 +461,14 @@ class SentenceKV:
         query = q.view(layer.query_mean.shape).float()                # (B, H, G, d)
         # Paper: Sec. 4.2 averages over the complete sentence; Algorithm 1 and this code over the
         # queries so far.
-        layer.query_mean.lerp_(query, self.step.weight)
+        weight = self.step.weight.view(-1, 1, 1, 1)
+        layer.query_mean.lerp_(query, weight)
         near = self.step.near
         candidates = (layer.count > 0) & ~near
         scores = self.rule.score(query, layer.query_mean, layer.vectors, candidates)
         scores = scores.masked_fill(near[:, None], float("inf"))      # (B, H, S)
-        places, top = self.settings.budget - 1, min(self.ranked, self.room)
+        places = self.settings.budget - 1
+        top = min(places, self.room)
         slot, filled, sentence, taken = select(scores, layer.count, places, top)
         layer.fetched = (sentence, taken)
         slot = F.pad(slot, (0, 1))                                    # (B, H, budget)
@@ -566,42 +528,38 @@ class SentenceKV:
             sentence = torch.arange(self.room, device=kv.device).repeat_interleave(count[b])
             if length > n:
                 alpha = importance(layer.observed[b], kv[:, :, 0], s.pool)
-                near = (sentence == 0) | (sentence >= sentence[-min(s.recent, length)])
+                near = (sentence == 0) | (sentence >= sentence[-s.recent:][0])
                 kept = survivors(alpha.masked_fill(near, float("inf")), n)
                 kv, sentence = kv[:, kept], sentence[kept]
             self._append(layer, b, kv, sentence, 0, self.step.first[b])
 
     def _check_tokens(self, tokens):
-        integers = tokens.dtype in (torch.int64, torch.int32)
-        need(integers and tokens.ndim == 2 and tokens.numel() > 0,
+        need(tokens.dtype in (torch.int64, torch.int32) and tokens.ndim == 2 and tokens.numel() > 0,
              f"tokens must be int64 (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
-        complete = self.next_layer == len(self.layers)
-        need(complete and bool(self.rows) == bool(self.layers),
+        need(self.next_layer == len(self.layers) and bool(self.rows) == bool(self.layers),
              "the last forward was interrupted: truncate this cache, or use a new one")
         B, real = len(self.rows), tokens >= 0
         need(B in (0, len(tokens)), f"this cache holds {B} rows, got tokens for {len(tokens)}")
         need(B > 0 or real[:, 0].all(), "every row needs a token in the first forward")
-        resumes = real[:, 1:] > real[:, :-1]
-        need(tokens.min() >= -1 and not resumes.any(),
+        need(tokens.min() >= -1 and not (real[:, 1:] > real[:, :-1]).any(),
              "-1 is padding: it must follow all tokens of a row, and no id may be below -1")
 
     def _check_layer(self, index, q, k, v):
         need(self.step is not None and index == self.next_layer,
              f"expected attend() for layer {self.next_layer}, got layer {index}: call begin() once "
-             "per forward, then attend() in every layer in order")
+             "per forward, then attend() once in every layer, in order")
+        known = index < len(self.layers)
         first_forward = self.length == max(self.step.new)
-        need(index < len(self.layers) or first_forward,
+        need(known or first_forward,
              f"an earlier forward was interrupted before layer {index}: use a new cache")
         (B, T), (_, H, _, d) = self.step.sentence.shape, k.shape
-        fits = q.shape == (B, q.shape[1], T, d)
-        fits = fits and k.shape == v.shape == (B, H, T, d)
-        if index < len(self.layers):
+        fits = k.shape == v.shape == (B, H, T, d)
+        fits = fits and q.shape == (B, q.shape[1], T, d) and q.shape[1] % H == 0
+        if known:
             kv = self.layers[index].pool.kv
-            before = (kv.shape[2], kv.shape[4], kv.dtype)
-            fits = fits and (H, d, k.dtype) == before
-        need(fits and q.shape[1] % H == 0, f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} "
-             f"x {T} tokens, with the H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, "
-             f"{[*v.shape]} of {k.dtype}")
+            fits = fits and (H, d, k.dtype) == (kv.shape[2], kv.shape[4], kv.dtype)
+        need(fits, f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} x {T} tokens, with the "
+             f"H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]} of {k.dtype}")
 
     def fetched(self):
         """What the last decode step fetched: [sentence, taken], (layers, B, H, k) each.

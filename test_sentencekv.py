@@ -364,7 +364,7 @@ def test_an_interrupted_forward_is_noticed(T, attended):
             feed.push(feed.tokens(4))
 
 def test_an_interruption_inside_of_a_call_is_noticed(monkeypatch):
-    for where in ("_prepare", "_prompt", "_append"):
+    for where in ("_query_weight", "_prompt", "_append"):
         feed = Feed(7, budget=40, recent=5)
         feed.push(feed.tokens(20))
         def stop(*args, **kwargs):

@@ -121,6 +121,7 @@ def copy_row(row):
     """A copy of a Segmenter that shares its flags."""
     twin = copy.copy(row)
     twin.tokens = list(row.tokens)
+    twin.sentence = list(row.sentence)
     twin.lengths = list(row.lengths)
     return twin
 
@@ -167,7 +168,6 @@ def truncate(cache, lengths):
     cache.step = SimpleNamespace(new=[0] * len(rows), first=last, last=last)
     cache.length = max(wanted)
     cache.queries = [0] * len(rows)
-    cache.ranked = 0                                # begin() computes it
     cache.next_layer = len(cache.layers)
 
 def lost_tokens(cache, layer):

@@ -26,7 +26,6 @@ class GraphedStep:
         need(device.type == "cuda", f"a CUDA graph needs a CUDA device, the model is on {device}")
         self.model = model
         self.cache = cache
-        self.ranked = 0         # cache.ranked in the graph: a little more than needed
         self.inputs = None      # tensors that change with every step, see copy_inputs()
         self.graph = None
         self.logits = None      # (B, V), what the graph computes
@@ -64,10 +63,6 @@ class GraphedStep:
         """The layers of one step, after begin()."""
         cache, step = self.cache, self.cache.step
         self.copy_inputs(tokens, positions)
-        if cache.ranked > self.ranked:              # more would not change what is fetched
-            self.ranked = cache.ranked + 64
-            self.captured = []
-        cache.ranked = self.ranked
         tensors = self.tensors()
         if len(tensors) != len(self.captured) or any(
                 new is not old for new, old in zip(tensors, self.captured)):
@@ -94,7 +89,7 @@ class GraphedStep:
             starts=starts,              # (B,) 1 if the token starts a sentence
             sentence=step.sentence,     # (B, 1) the sentence of the token
             near=step.near,             # (B, S)
-            weight=step.weight)         # (B, 1, 1, 1)
+            weight=step.weight)         # (B,)
         old = self.inputs
         if old is None or old.near.shape != step.near.shape:
             self.inputs = SimpleNamespace(**{name: x.clone() for name, x in inputs.items()})
