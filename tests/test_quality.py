@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments.quality import needles, perplexity, ruler, texts, toy, unpack
+from experiments.quality import free_answers, needles, perplexity, ruler, texts, toy, unpack
 from experiments.quality.answers import right_answers
 from experiments.quality.command import Lab, run
 from experiments.quality.figures import bootstrap, ratio, share, wilson
@@ -292,13 +292,17 @@ def test_perplexity_reports_what_the_caches_give_and_resumes(prose, tmp_path, ca
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert [row["method"] for row in rows] == ["dense", "SentenceKV"] * 2 + ["Quest"] * 2
 
-def test_needles_are_right_as_often_as_generated_answers(prose, monkeypatch):
-    """With facts that the tiny model knows how to answer, and without a chat template."""
+@pytest.fixture
+def known_facts(monkeypatch):
+    """Facts that the tiny model knows how to answer."""
     def draw(rng):
         facts = draw_facts(rng, 5, ["phone number", "secret code"])
         return [(question(*fact).strip(), answer(*fact)[0].strip(), answer(*fact)[1].rstrip("."))
                 for fact in facts]
     monkeypatch.setattr(needles, "draw_facts", draw)
+
+def test_needles_are_right_as_often_as_generated_answers(prose, known_facts, monkeypatch):
+    """Without a chat template: the tiny model has none."""
     args = SimpleNamespace(model=TINY, parts=[8], methods=["SentenceKV", "StreamingLLM"], log=None)
     lab = Lab(args, needles.KEYS)
 
@@ -414,3 +418,41 @@ def test_errors_are_one_line(prose, capsys):
         assert run(perplexity.main, arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+# --------------------------------------------------------------------------- free answers
+
+@pytest.mark.parametrize("settings", [dict(budget=40), dict(budget=40, keep=1.5, window=8)])
+def test_a_cache_that_starts_from_a_recording_decodes_as_one_that_read_the_prompt(settings):
+    model, tokenizer = Llama.from_pretrained(TINY, dtype=torch.float32), Tokenizer.from_dir(TINY)
+    flags, ids = sentence_flags(tokenizer.token_bytes), tokenizer.encode(story(900, seed=2)[0])
+    prompt, new = ids[:150], ids[150:160]
+    started = free_answers.Started(flags, record(model, prompt), **settings)
+    read = SentenceKV(flags, **settings)
+    with torch.no_grad():
+        model.prefill(torch.tensor([prompt]), read)
+        for token in new:
+            logits = [model(torch.tensor([[token]]), cache) for cache in (started, read)]
+            torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+            assert torch.equal(*(cache.fetched()[0] for cache in (started, read)))
+
+def test_a_value_counts_as_a_number_of_its_own():
+    assert free_answers.contains("The code is 4711.", " 4711")
+    assert not free_answers.contains("47112 or 14711", " 4711")
+
+def test_free_answers_with_a_covering_budget_are_those_of_dense_attention(
+        prose, known_facts, tmp_path, capsys, monkeypatch):
+    def chat(self, messages):
+        return self.encode(" " + messages[0]["content"], bos=True)
+    monkeypatch.setattr(Tokenizer, "chat", chat)
+    log = tmp_path / "log.jsonl"
+    options = [str(prose), "--model", TINY, "--log", str(log), "--length", "500", "--n", "1",
+               "--parts", "1", "4", "--methods", "SentenceKV"]
+    assert run(free_answers.main, options) == 0
+    out = capsys.readouterr().out
+    assert "dense: " in out and "of 5" in out
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    answers = {(r["fact"], r["part"]): r["answer"] for r in records}
+    assert len(answers) == 15 and any(answers.values())
+    assert all(answers[i, 0] == answers[i, 1] for i in range(5))    # the budget covers all
+    assert run(free_answers.main, [*options[:-1], "Quest"]) == 2
+    assert "'Quest' has no cache" in capsys.readouterr().err
