@@ -29,6 +29,7 @@ G = Hq / H query heads of a group share a KV head. Differences from the paper fo
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -193,6 +194,13 @@ PAPER = dict(
 
 # ------------------------------------------------------------------ 4. Selection and attention
 
+def enough_sentences(lengths, budget):
+    """The smallest n such that any n sentences hold `budget` tokens: [4, 9, 2, 3], 6 -> 3."""
+    for n, total in enumerate(accumulate(sorted(lengths)), start=1):
+        if total >= budget:
+            break
+    return n
+
 def select(scores, count, places, top):
     """Take whole sentences in descending score until all places are filled (Algorithm 1).
 
@@ -356,6 +364,7 @@ class SentenceKV:
         self.rows = []          # one Segmenter per row of the batch: token ids and sentence lengths
         self.length = 0         # tokens in the longest row
         self.queries = []       # per row, the number of queries averaged in query_mean
+        self.ranked = 0         # how many of the best sentences select() considers
         self.room = 0           # S: the layers have room for this many sentences
         self.step = None        # what all layers need in one forward: begin() makes it
         self.layers = []        # what each layer stores, see _new_layer
@@ -382,6 +391,9 @@ class SentenceKV:
         last = [len(row.lengths) - 1 for row in self.rows]
         new = [len(row.tokens) - n for row, [n] in zip(self.rows, start)]
         self.length = max(len(row.tokens) for row in self.rows)
+        if last != first or self.ranked == 0:
+            enough = max(enough_sentences(row.lengths, s.budget) for row in self.rows)
+            self.ranked = s.budget if s.keep else enough    # pruned ones may have a single token
         if max(last) >= self.room:
             self.room = max(last) + 65          # 64 to spare
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
@@ -468,7 +480,7 @@ class SentenceKV:
         scores = self.rule.score(query, layer.query_mean, layer.vectors, candidates)
         scores = scores.masked_fill(near[:, None], float("inf"))      # (B, H, S)
         places = self.settings.budget - 1
-        top = min(places, self.room)
+        top = min(self.ranked, self.room)
         slot, filled, sentence, taken = select(scores, layer.count, places, top)
         layer.fetched = (sentence, taken)
         slot = F.pad(slot, (0, 1))                                    # (B, H, budget)

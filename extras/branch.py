@@ -168,6 +168,7 @@ def truncate(cache, lengths):
     cache.step = SimpleNamespace(new=[0] * len(rows), first=last, last=last)
     cache.length = max(wanted)
     cache.queries = [0] * len(rows)
+    cache.ranked = 0                                # begin() computes it
     cache.next_layer = len(cache.layers)
 
 def lost_tokens(cache, layer):

@@ -26,6 +26,7 @@ class GraphedStep:
         need(device.type == "cuda", f"a CUDA graph needs a CUDA device, the model is on {device}")
         self.model = model
         self.cache = cache
+        self.ranked = 0         # cache.ranked in the graph: a little more than needed
         self.inputs = None      # tensors that change with every step, see copy_inputs()
         self.graph = None
         self.logits = None      # (B, V), what the graph computes
@@ -63,6 +64,10 @@ class GraphedStep:
         """The layers of one step, after begin()."""
         cache, step = self.cache, self.cache.step
         self.copy_inputs(tokens, positions)
+        if cache.ranked > self.ranked:              # more would not change what is fetched
+            self.ranked = cache.ranked + 64
+            self.captured = []
+        cache.ranked = self.ranked
         tensors = self.tensors()
         if len(tensors) != len(self.captured) or any(
                 new is not old for new, old in zip(tensors, self.captured)):
