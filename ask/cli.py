@@ -12,6 +12,7 @@ import torch
 
 from ask.conversation import ChatTurns, Conversation, PlainTurns
 from ask.options import cache_settings, check, is_text, is_tiny, parse
+from ask.page import write_page
 from ask.report import (print_answer, print_cache, print_fetched, print_question, print_setup,
                         progress)
 from ask.watch import WatchedKV
@@ -114,6 +115,7 @@ def run(args):
     print_setup(model, len(ids), text or plain_text(tokenizer, ids[:99]))
     if not has_task:
         continue_text(talks, ids, turns)
+        save_page(args.page, talks)
         return 0
 
     for name, talk in talks.items():
@@ -127,8 +129,11 @@ def run(args):
         ask(talks, turns, question, go_on=args.chat)
         if args.show and not args.chat:
             print_fetched(ours, args.show, expected, legend=i == 0)
-    if args.chat:
-        chat(talks, turns, max(args.show, 1))
+    try:
+        if args.chat:
+            chat(talks, turns, max(args.show, 1))
+    finally:                                                # whatever ends the conversation
+        save_page(args.page, talks)
     return status
 
 def ask(talks, turns, question, go_on=False):
@@ -139,7 +144,7 @@ def ask(talks, turns, question, go_on=False):
     prompts = [talk.question(question, turns) for talk in talks.values()]
     for (name, talk), ids in zip(talks.items(), prompts):
         try:
-            print_answer(name, talk, talk.generate(ids, turns.stop_ids))
+            print_answer(name, talk, talk.generate(ids, turns.stop_ids, question))
         except KeyboardInterrupt:
             if not go_on:
                 raise
@@ -194,6 +199,16 @@ def save_cache(path, talk):
         return 2
     print(f"saved to {path}", flush=True)
     return 0
+
+def save_page(path, talks):
+    """Write the page of what was fetched, if one is wanted."""
+    if path is None:
+        return
+    if not any(answer.ids for answer in talks["SentenceKV"].answers):
+        print(f"note: {path} was not written: nothing was answered", flush=True)
+        return
+    size = write_page(path, talks["SentenceKV"], talks.get("dense"))
+    print(f"\n{path}: a page of {size / 1e6:.2f} MB, open it in a browser", flush=True)
 
 def first_line(error):
     """The message of an exception on one line."""

@@ -1,10 +1,11 @@
 """A text and questions about it, as tokens (turns) and in a cache (conversation)."""
 import time
+from dataclasses import dataclass, field
 
 import torch
 
 from ask.watch import WatchedKV
-from extras.branch import truncate
+from extras.branch import fork, truncate
 from model import DenseKV
 
 class PlainTurns:
@@ -51,20 +52,34 @@ class ChatTurns:
         n = max((i + 1 for i, id in enumerate(start) if id in special), default=len(start))
         return ids[:n] == start[:n]
 
+@dataclass
+class Answer:
+    """An answer of a Conversation.
+
+    ids[j] was predicted from the token at position start - 1 + j, and takes position start + j as
+    soon as it enters the cache. A step of position start - 1 + j has fetched for ids[j].
+    """
+    question: str                               # "": the text was continued
+    asked_at: int                               # position of the question
+    start: int                                  # position of the first token after the question
+    ids: list = field(default_factory=list)
+    steps: list = field(default_factory=list)   # of a WatchedKV: its decode steps
+
 class Conversation:
     """A model and one cache that has the text, then questions and answers, in it.
 
     length        tokens in the cache after the last complete step
     text_length   tokens of the text
-    asked_at      position of the last question
+    answers       list of Answer; all of them if the arguments ask for a page, else the last one
     unread        the token that was generated last; it enters the cache with the next question
     milliseconds  of every decode step of the last answer
     """
 
     def __init__(self, model, tokenizer, cache, args):
         self.model, self.tokenizer, self.cache, self.args = model, tokenizer, cache, args
-        self.length = self.text_length = self.asked_at = cache.length
-        self.unread, self.milliseconds = [], []
+        self.length = self.text_length = cache.length
+        self.answers, self.unread, self.milliseconds = [], [], []
+        self.backup = None                                  # a cache to go back to, see recover()
 
     def tensor(self, ids):
         return torch.tensor([ids], device=self.model.norm.weight.device)
@@ -82,12 +97,17 @@ class Conversation:
         last = self.unread[-1] if self.unread else None
         return turns.question(question, first, last)
 
-    def generate(self, ids, stop_ids):
+    def generate(self, ids, stop_ids, question=""):
         """Generate what follows `ids`; yields pieces of text, special tokens left out."""
+        asked_at = self.length + len(self.unread)
         ids, args = self.unread + ids, self.args
-        self.asked_at = self.length
+        answer = Answer(question, asked_at, self.length + len(ids))
+        self.answers = [*self.answers, answer] if args.page else [answer]
+        self.backup = None
         if isinstance(self.cache, WatchedKV):
-            self.cache.steps = []                           # record this answer alone
+            self.cache.steps = answer.steps                 # record this answer alone
+            if not self.cache.can_truncate():
+                self.backup = fork(self.cache), self.length, self.unread
         steps = self.model.generate(
             self.tensor(ids), self.cache, args.max_new_tokens, args.temperature, args.top_p,
             args.seed, stop_ids, chunk=args.chunk)
@@ -108,12 +128,24 @@ class Conversation:
             recorded = getattr(self.cache, "seconds", 0.0)
             if step > 0:                                    # the first step is the prefill
                 self.milliseconds.append(1000 * (seconds - (recorded - recording)))
+            self.answers[-1].ids.append(self.unread[0])
             yield self.unread[0]
             recording, start = recorded, time.perf_counter()
 
     def recover(self):
-        """After an interrupted answer: keep all complete steps, forget the rest."""
+        """After an interrupted answer: keep all complete steps, forget the rest.
+
+        With keep=r, a cache that has not pruned its prompt yet cannot be truncated: then the
+        question is forgotten as well.
+        """
         if isinstance(self.cache, DenseKV):
             self.cache.truncate(self.length)
-        else:
+        elif self.backup is None or self.cache.can_truncate():
             truncate(self.cache, self.length)
+        else:
+            self.cache, self.length, self.unread = self.backup
+        if self.answers:
+            steps = self.answers[-1].steps
+            steps[:] = [step for step in steps if step.position < self.length]
+            if self.length <= self.answers[-1].asked_at:
+                self.answers.pop()

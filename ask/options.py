@@ -34,6 +34,7 @@ def add_text_options(add):
     add("--save-cache", metavar="FILE", help="save the cache of the text, for --load-cache")
     add("--load-cache", metavar="FILE", help="load a saved cache instead of reading a text")
     add("--dense", action="store_true", help="answer with the dense cache too, to compare")
+    add("--page", metavar="FILE", help="write an HTML page that shows what each token fetched")
     add("--show", type=int, default=3, metavar="N", help="fetched sentences to show (default 3)")
 
 def add_cache_options(add):
@@ -86,7 +87,11 @@ def check(args):
     else:
         SentenceKV([0], **cache_settings(args))
     if args.save_cache:
-        check_save(args.save_cache)
+        check_target("--save-cache", args.save_cache)
+    if args.page:
+        check_target("--page", args.page)
+        only_saves = args.save_cache and args.prompt_file and not args.ask and not args.chat
+        need(not only_saves, "--page needs an answer: add --ask or --chat")
 
 def check_load(args):
     conflicts = [name for name in CACHE_SETTINGS if getattr(args, name) is not None]
@@ -98,19 +103,19 @@ def check_load(args):
     mode = os.stat(args.load_cache).st_mode
     need(stat.S_ISREG(mode), f"--load-cache {args.load_cache} is not a regular file")
 
-def check_save(path):
-    """Raise if the file cannot be written. Links are followed; only plain files are replaced."""
+def check_target(option, path):
+    """Raise if a file cannot be written. Links are followed; only plain files are replaced."""
     target = Path(os.path.realpath(path))
     folder = target.parent
-    need(folder.is_dir(), f"--save-cache {path}: the folder {folder} does not exist")
+    need(folder.is_dir(), f"{option} {path}: the folder {folder} does not exist")
     if target.exists():
-        need(stat.S_ISREG(target.stat().st_mode), f"--save-cache {path} is not a regular file")
-        need(os.access(target, os.W_OK), f"--save-cache {path} is write-protected")
+        need(stat.S_ISREG(target.stat().st_mode), f"{option} {path} is not a regular file")
+        need(os.access(target, os.W_OK), f"{option} {path} is write-protected")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--save-cache {path}: cannot write to {folder}: {error.strerror}")
+        raise ValueError(f"{option} {path}: cannot write to {folder}: {error.strerror}")
 
 def is_tiny(args):
     """Is it the embedded tiny model?"""

@@ -6,8 +6,8 @@ import time
 from ask.watch import most_attended
 
 LEGEND = """\
-    (attention: the largest share that one KV head of a layer gave the sentence in one step;
-     fetched: share of all fetches, one per layer, KV head and step, that took some of it)"""
+    (attention: the most that one KV head gave the sentence, for one token of the answer;
+     heads: how many of all KV heads fetched some of it, mean over the answer's tokens)"""
 
 def progress(what):
     """A function (done, total) that counts on a terminal, for work of more than two seconds."""
@@ -65,14 +65,16 @@ def print_fetched(talk, n, expected=None, legend=False):
 
     talk: a Conversation with a WatchedKV. legend: explain the columns.
     """
-    best = most_attended(talk.cache, end=talk.asked_at)[:n]
+    end = talk.answers[-1].asked_at if talk.answers else None
+    best = most_attended(talk.cache, end)[:n]
     if not best:
         print("    no sentence was fetched", flush=True)
         return
-    lines = ["    attention  fetched  sentence"]
+    lines = ["    fetched for this answer, most attended first:",
+             "    attention  heads  sentence"]
     for fetched in best:
         text = talk.tokenizer.decode(fetched.ids)
         is_answer = expected is not None and text.strip() == expected.strip()
         mark = "   <- the answer" if is_answer else ""
-        lines.append(f"    {fetched.attention:9.0%}  {fetched.share:7.0%}  {short(text, 75)}{mark}")
+        lines.append(f"    {fetched.attention:9.0%}  {fetched.share:5.0%}  {short(text, 75)}{mark}")
     print("\n".join(lines + [LEGEND] * legend), flush=True)

@@ -1,4 +1,4 @@
-"""Records what every decode step of a SentenceKV attends to."""
+"""Records what every decode step of a SentenceKV attends to, and what dense attention would."""
 import time
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -6,7 +6,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from sentencekv import Segmenter, SentenceKV
+from model import DenseKV
+from sentencekv import RANKS, Segmenter, SentenceKV
 
 @dataclass
 class Step:
@@ -14,11 +15,14 @@ class Step:
 
     An entry is a tensor (H, k): for each of H KV heads, the sentences that were taken (or pieces
     of long ones), best first. Where a head took fewer than k, taken is 0 and sentence any number.
+    position: that of the token whose query the step is.
     """
+    position: int = 0
     sentence: list = field(default_factory=list)    # number of the sentence
     taken: list = field(default_factory=list)       # tokens of it that were fetched
     near: list = field(default_factory=list)        # True: sink or recent, always taken
     attention: list = field(default_factory=list)   # share of the attention that it got, 0 to 1
+    score: list = field(default_factory=list)       # what it was ranked by; infinite: near
 
 class WatchedKV(SentenceKV):
     """A SentenceKV that records its decode steps in `steps`.
@@ -34,10 +38,14 @@ class WatchedKV(SentenceKV):
         cache.steps, cache.seconds = [], 0.0
         return cache
 
+    def can_truncate(self):
+        """False if keep=r has not pruned the prompt in every layer: see extras/branch.py."""
+        return all(layer.observed is None for layer in self.layers)
+
     def begin(self, tokens):
         positions = super().begin(tokens)
         if tokens.shape[1] == 1:
-            self.steps.append(Step())
+            self.steps.append(Step(position=len(self.rows[0].tokens) - 1))
         return positions
 
     @torch.no_grad()
@@ -66,10 +74,73 @@ class WatchedKV(SentenceKV):
         end = taken.cumsum(-1)                                                  # (H, k)
         attention = cumulated.gather(1, end) - cumulated.gather(1, end - taken)
         n = int((taken > 0).sum(-1).max())          # drop unused entries
-        step.sentence.append(sentence[:, :n].cpu())
-        step.taken.append(taken[:, :n].cpu())
-        step.near.append(self.step.near[0][sentence[:, :n]].cpu())
-        step.attention.append(attention[:, :n].cpu())
+        sentence, taken, attention = sentence[:, :n], taken[:, :n], attention[:, :n]
+        score = self._scores(index, q).gather(1, sentence)                      # (H, n)
+        step.sentence.append(sentence.cpu())
+        step.taken.append(taken.cpu())
+        step.near.append(score.isposinf().cpu())
+        step.attention.append(attention.cpu())
+        step.score.append(score.cpu())
+
+    def _scores(self, index, q):
+        """What the sentences of the first row were ranked by, (H, S), given its query q (Hq, d).
+
+        The token has been appended since, but only to the newest sentence, which is near.
+        """
+        layer, rule = self.layers[index], RANKS[self.settings.rank]
+        count, vectors, query_mean = layer.count[:1], layer.vectors[:1], layer.query_mean[:1]
+        near = self._near(count.shape[1]).to(q.device)                          # (S,)
+        query = q.view(query_mean.shape).float()                                # (1, H, G, d)
+        scores = rule.score(query, query_mean, vectors, (count > 0) & ~near)    # (1, H, S)
+        return scores[0].float().masked_fill(near, float("inf"))
+
+    def _near(self, S):
+        """(S,): which of the first row's sentences are always attended to, sink and recent ones."""
+        lengths = self.rows[0].lengths
+        oldest, tokens = len(lengths) - 1, lengths[-1]
+        while tokens < self.settings.recent and oldest > 0:
+            oldest -= 1
+            tokens += lengths[oldest]
+        near = torch.arange(S) >= oldest
+        near[0] = True
+        return near
+
+class MeasuredKV(DenseKV):
+    """A DenseKV that measures how much attention each sentence of the first row gets.
+
+    owner     (N,) the sentence of each token of the text
+    wanted    (W,) positions of the queries to measure
+    mass      per layer (H, W, S): the share of a KV head, averaged over its query heads
+    """
+
+    @classmethod
+    def measure(cls, cache, owner, wanted):
+        """Turn a DenseKV into one that measures its next forward; returns it."""
+        cache.__class__ = cls
+        cache.owner, cache.wanted, cache.mass = owner, wanted, []
+        return cache
+
+    @torch.no_grad()
+    def attend(self, layer, q, k, v):
+        out = super().attend(layer, q, k, v)
+        here = (self.wanted >= self.before[0]) & (self.wanted < self.length)
+        wanted = self.wanted[here].to(q.device)                                 # (W,)
+        keys = self.keys[layer][0, :, :self.length]                             # (H, N, d)
+        H, N, d = keys.shape
+        queries = q[0, :, wanted - self.before[0]]                              # (Hq, W, d)
+        queries = queries.reshape(H, -1, d)                                     # (H, G * W, d)
+        logits = (queries @ keys.mT * d ** -0.5).float()                        # (H, G * W, N)
+        logits = logits.view(H, -1, len(wanted), N)                             # (H, G, W, N)
+        future = torch.arange(N, device=q.device) > wanted[:, None]             # (W, N)
+        weights = logits.masked_fill(future, float("-inf")).softmax(-1).mean(1)     # (H, W, N)
+        S = int(self.owner.max()) + 1
+        mass = weights.new_zeros(H, len(wanted), S)
+        mass.index_add_(2, self.owner[:N].to(q.device), weights)
+        if layer == len(self.mass):
+            self.mass.append(mass.cpu())
+        else:                                       # a further chunk of the text
+            self.mass[layer] = torch.cat((self.mass[layer], mass.cpu()), dim=1)
+        return out
 
 @dataclass
 class Fetched:

@@ -63,7 +63,7 @@ def test_without_arguments_it_answers_three_questions_and_shows_the_facts_it_fet
         assert re.fullmatch(re.escape(answer.strip()) + r"   \[[\d.]+ ms/token\]", said["dense"])
         assert said["SentenceKV"].startswith(answer.strip() + "   [")
         assert re.search(rf"100% +\d+%  {re.escape(answer.strip())}   <- the answer", part)
-    assert done.stdout.count("(attention: the largest share") == 1
+    assert done.stdout.count("(attention: the most") == 1
 
 def test_it_answers_from_a_file_and_compares_with_the_dense_cache(file, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -73,7 +73,7 @@ def test_it_answers_from_a_file_and_compares_with_the_dense_cache(file, capsys, 
     assert out.count(ANSWER.strip() + "   [") == 2 and "budget 128 tokens" in out
     start = " ".join(TEXT.split())[:62]
     assert f"722,048 parameters, bfloat16, on cpu\ntext        607 tokens: {start} ...\n" in out
-    table = out.split("attention  fetched  sentence\n")[1].splitlines()
+    table = out.split("attention  heads  sentence\n")[1].splitlines()
     assert len(table) == 4 and ANSWER.strip() in table[0] and "(attention:" in table[2]
     size = re.findall(r"KV cache: ([\d.]+) MB on the device, ([\d.]+) MB in host memory", out)
     (dense_device, dense_host), (device, host) = ([float(x) for x in row] for row in size)
@@ -230,14 +230,14 @@ def test_fetched_sentences_are_shown_as_text(tiny, capsys):
     list(talk.generate(tokenizer.encode(QUESTION), {-1}))
     print_fetched(talk, 2, expected=ANSWER, legend=False)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].split() == ["attention", "fetched", "sentence"]
-    best = most_attended(talk.cache, end=talk.asked_at)[0]
+    assert len(lines) == 4 and lines[1].split() == ["attention", "heads", "sentence"]
+    best = most_attended(talk.cache, end=talk.answers[-1].asked_at)[0]
     text = tokenizer.decode(best.ids).strip()
     assert text == ANSWER.strip()
     every = [tokenizer.decode(fetched.ids).strip() for fetched in most_attended(talk.cache)]
     assert QUESTION.strip() in every
-    assert lines[1].split("  ")[-1].strip() == "<- the answer" and text in lines[1]
-    assert f"{best.attention:.0%}" in lines[1] and f"{best.share:.0%}" in lines[1]
+    assert lines[2].split("  ")[-1].strip() == "<- the answer" and text in lines[2]
+    assert f"{best.attention:.0%}" in lines[2] and f"{best.share:.0%}" in lines[2]
 
 # ---------------------------------------------------------------------------------- conversations
 
@@ -369,7 +369,7 @@ def test_a_text_is_read_once_saved_loaded_and_asked_line_by_line(
     assert cli.main(["--load-cache", saved, "--chat", *CPU]) == 0
     out = capsys.readouterr().out
     assert "loaded" in out and "budget 128 tokens" in out
-    assert out.count("no sentence was fetched") == 1 and out.count("attention  fetched") == 2
+    assert out.count("no sentence was fetched") == 1 and out.count("attention  heads") == 2
     for question, answer in FACTS[:2]:
         assert out.count(answer.strip()) >= 2 and question.strip() in out
         assert re.search(re.escape(answer.strip()) + r" +\[.* ms/token", out)
@@ -382,7 +382,7 @@ def test_a_terminal_gets_a_prompt_and_no_echo(file, capsys, monkeypatch):
     assert cli.main(["--prompt-file", file, "--chat", "--budget", "128", *CPU]) == 0
     out = capsys.readouterr().out
     assert "Ctrl-D ends" in out and out.count("\n> ") == 2 and QUESTION.strip() not in out
-    assert ANSWER.strip() in out and "attention  fetched" not in out
+    assert ANSWER.strip() in out and "attention  heads" not in out
 
 # ------------------------------------------------------------------------------------ bad input
 
@@ -405,6 +405,9 @@ def test_a_terminal_gets_a_prompt_and_no_echo(file, capsys, monkeypatch):
     (["--save-cache", "/dev/null"], "--save-cache /dev/null is not a regular file"),
     (["--save-cache", "/proc/x"], "--save-cache /proc/x: cannot write to /proc: "),
     (["--save-cache", "x" * 300], "x+: File name too long"),
+    (["--page", "nowhere/x"], "--page nowhere/x: the folder .*nowhere does not exist"),
+    (["--page", "fifo"], "--page fifo is not a regular file"),
+    (["--page", "x", "--save-cache", "y", "--prompt-file", "plain"], "--page needs an answer: add"),
     (["--load-cache", "x", "--ask", "?"], "x: No such file or directory"),
     (["--load-cache", "fifo", "--ask", "?"], "--load-cache fifo is not a regular file"),
     (["--load-cache", "plain"], "--load-cache needs a question: use --ask or --chat"),
@@ -434,10 +437,10 @@ def test_bad_input_gives_one_line_before_the_model_is_loaded(
 
 def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(options.os, "access", lambda path, mode: mode != os.W_OK)
-    options.check_save(tmp_path / "new")
+    options.check_target("--page", tmp_path / "new")
     (tmp_path / "old").write_text("")
-    with pytest.raises(ValueError, match="old is write-protected"):
-        options.check_save(tmp_path / "old")
+    with pytest.raises(ValueError, match="--page .*old is write-protected"):
+        options.check_target("--page", tmp_path / "old")
 
 def test_what_the_tokenizer_cannot_encode_is_said_before_the_text_is_read(
         file, capsys, monkeypatch):
@@ -479,7 +482,7 @@ def test_help_explains_every_option(capsys):
     explained = re.findall(r"(?m)^  (--[\w-]+)[^\n]*?(?:  +\S|\n {20,}\S)", out)
     options = set(re.findall(r"--[\w-]+", out.split("\n\n")[0]))
     assert sorted(explained) == sorted(options - {"--help"})
-    assert len(explained) == 24
+    assert len(explained) == 25
 
 # -------------------------------------------------------------------------- streams and full disks
 
@@ -602,6 +605,35 @@ def test_in_a_conversation_ctrl_c_ends_the_answer_and_what_was_read_stays(
     assert talk.length == talk.cache.length == len(expected) - 1
     if not dense:
         assert talk.cache.rows[0].tokens == expected[:-1]
+
+@pytest.mark.parametrize("forward", [2, 3, 4])         # question, decode steps 1 and 2
+@pytest.mark.parametrize("layer", [0, 2])
+def test_with_keep_ctrl_c_in_the_first_answer_leaves_the_text(
+        tiny, file, monkeypatch, capsys, forward, layer):
+    tokenizer, talks = tiny[1], {}
+    make = cli.make_conversations
+    monkeypatch.setattr(cli, "make_conversations", lambda *args: talks.update(make(*args)) or talks)
+    (first, answer), second = FACTS[1], FACTS[2][0]
+    options = ["--prompt-file", file, "--chat", "--budget", "256", "--keep", "2", *CPU]
+    feed(monkeypatch, second)
+    assert cli.main(options) == 0                                   # as if never interrupted
+    expected = talks["SentenceKV"].cache
+    feed(monkeypatch, f"{first}\n{second}\n")
+    Interrupt(monkeypatch, forward, layer)
+    assert cli.main(options) == 0
+    out, err = capsys.readouterr()
+    assert out.count("[interrupted]") == 1 and err == ""
+    said = re.findall(r"SentenceKV  (The .*)   \[[\d.]+ ms", out)      # both the second one
+    assert len(said) == 2
+    cache, text = talks["SentenceKV"].cache, tokenizer.encode(TEXT, bos=True)
+    if forward == 4:                                                # a step is complete: it stays
+        question = tokenizer.encode(first)
+        kept = text + (question + tokenizer.encode(answer))[:len(question) + 1]
+        assert cache.rows[0].tokens[:len(kept)] == kept
+        assert cache.rows[0].tokens[len(kept) + 1:][:5] == tokenizer.encode(second)[:5]
+    else:
+        assert said[0] == said[1] and cache.rows[0].tokens == expected.rows[0].tokens
+        assert all(layer.pool.used == expected.layers[0].pool.used for layer in cache.layers)
 
 def test_ctrl_c_while_waiting_for_a_question_ends_the_conversation(file, monkeypatch, capsys):
     def interrupted():
