@@ -42,12 +42,13 @@ def need(condition, message):
 
 # ------------------------------------------------------------------------------ 1. Segmentation
 
-STOPS = ".!?…。！？｡।॥؟۔።։။"
+ENDS = "。！？｡।॥؟۔።։။"            # a sentence ends after these
+MAY_END = ".!?…"                  # only if white space follows: "3.14" is not split
 CLOSERS = "]\"'`*_)}»”’」』）】》〉"       # may follow a stop: brackets, quotes, Markdown
 OPENERS = "\"'`*_([{«“‘"                # may precede a word
-PARAGRAPH = re.compile(r"(\n\s*\n|\u2029)\s*$")
+PARAGRAPH = re.compile(r"(\n\s*\n|\u2029)\s*$")     # a blank line
 SENTENCE_END = re.compile(rf"""
-    ( [。！？｡।॥؟۔።։။] | [.!?…] (?=.*\s$) )    # after . ! ? … white space must follow: "3.14"
+    ( [{ENDS}] | [{MAY_END}] (?=.*\s$) )
     ( [{CLOSERS}] | \s*\[[^][.!?]*\] )*         # notes such as [2] belong to the sentence
     \s*$""", re.VERBOSE | re.DOTALL)
 # A full stop after these ends no sentence: abbreviations, initials ("J. R.", "U.S."), "1."
@@ -58,7 +59,8 @@ ABBREVIATION = re.compile(rf"""
     | (?! (?-i:I)\.\W*$ ) [^\W\d_] (\.[^\W\d_])* ) \.\W*$     # but "I" ends one
     | ^[\W\d_]*$""", re.VERBOSE | re.IGNORECASE)
 # After these, a sentence goes on with a lower-case word: "Why?" he asked, and so on... and, etc.
-GOES_ON = re.compile(rf"([.!?…][{CLOSERS}]+|…|\.\ ?\.|etc\.)\s*$")
+GOES_ON = re.compile(rf"([{MAY_END}][{CLOSERS}]+|…|\.\ ?\.|etc\.)\s*$")
+TAIL = 48                         # trailing bytes of the open sentence that the rules see
 
 def starts_sentence(before, after):
     """Does the text `after` start a new sentence? `before`: the end of the open sentence.
@@ -72,9 +74,10 @@ def starts_sentence(before, after):
         return False
     if PARAGRAPH.search(text):
         return True
-    if word[0] in STOPS + "[" or not SENTENCE_END.search(text) or ABBREVIATION.search(text):
+    if word[0] in ENDS + MAY_END + "[" or not SENTENCE_END.search(text):
         return False
-    return not (word[0].islower() and GOES_ON.search(text))
+    goes_on = word[0].islower() and GOES_ON.search(text)
+    return not (goes_on or ABBREVIATION.search(text))
 
 def sentence_flags(token_bytes):
     """What Segmenter needs of a vocabulary: token bytes (None: special) -> list of bytes.
@@ -106,7 +109,7 @@ class Segmenter:
             new = self.flags[token] if token < len(self.flags) else b""
             texts = [raw.decode(errors="replace") for raw in (self.tail, new)]
             starts = starts_sentence(*texts)
-            self.tail = new if starts else (self.tail + new)[-48:]
+            self.tail = new if starts else (self.tail + new)[-TAIL:]
             full = self.lengths[-1] == self.max_sentence
             position = len(self.tokens)
             if position >= self.sink:
@@ -224,7 +227,7 @@ def select(scores, count, places, top):
     start = F.pad(stop, (1, 0))[:, :, :-1]
     place = torch.arange(places, device=scores.device).repeat(*scores.shape[:2], 1)
     filled = place < stop[:, :, -1:]                                  # (B, H, places)
-    owner = torch.searchsorted(stop, place, right=True)               # rank of its sentence
+    owner = torch.searchsorted(stop, place, right=True)               # which of the best fills it
     shift = offset.gather(2, sentence) - start                        # from place to slot
     slot = place + shift.gather(2, owner.clamp(max=top - 1))
     return slot.where(filled, 0), filled, sentence, stop - start
@@ -339,8 +342,9 @@ class Settings:
         need(rest > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - rest}")
         if self.max_sentence is None:
             self.max_sentence = min(6, -(-rest // 3))                 # about 3 fit into the rest
-        need(self.max_sentence in range(1, rest + 1), f"max_sentence must be 1 to {rest} "
-             f"(budget - sink - recent), got {self.max_sentence!r}")
+        need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
+             f"max_sentence must be an int from 1 to {rest} (budget - sink - recent), "
+             f"got {self.max_sentence!r}")
         if self.keep is not None:
             need(type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
                  f"keep must be None or a number of at least 1, got {self.keep!r}")
@@ -412,7 +416,10 @@ class SentenceKV:
         return torch.tensor(start, device=device) + torch.arange(T, device=device)
 
     def _query_weight(self, new, T):
-        """Share of the new query in query_mean, which restarts with sentences and prompts."""
+        """Count the new queries; return the share of each in query_mean (Eq. 2), (B,).
+
+        The mean restarts with every sentence and after every prompt.
+        """
         for b, row in enumerate(self.rows):
             if T == 1:
                 self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1])

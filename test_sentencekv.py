@@ -412,8 +412,8 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
     (dict(keep=float("nan")), "keep must be"), (dict(keep="2"), "keep must be"),
     (dict(pool=4), "pool must be odd, got 4"),
     (dict(rank="best"), f"rank must be one of {', '.join(RANKS)}, got 'best'"),
-    (dict(budget=64, recent=32, max_sentence=29), "max_sentence must be 1 to 28"),
-    (dict(max_sentence=0), "max_sentence must be")])
+    (dict(budget=64, recent=32, max_sentence=29), "must be an int from 1 to 28"),
+    (dict(max_sentence=0), "max_sentence must"), (dict(max_sentence=3.0), "max_sentence must")])
 def test_impossible_settings_say_what_to_change(wrong, message):
     with pytest.raises(ValueError, match=message):
         SentenceKV(TOY_FLAGS, **wrong)

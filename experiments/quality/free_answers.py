@@ -11,8 +11,7 @@ import torch
 
 from experiments.quality.command import Lab, at_least, existing, options, run
 from experiments.quality.figures import share, table
-from experiments.quality.needles import common_prefix, document
-from experiments.quality.recording import Recorder
+from experiments.quality.needles import questions
 from sentencekv import SentenceKV, need, sentence_flags
 
 KEYS = ("text", "seed", "length", "fact", "part", "method")
@@ -52,23 +51,13 @@ def contains(text, value):
 @torch.no_grad()
 def measure(lab, path, seed, length):
     """Add the answers of every method to the five questions about one text to the log."""
-    text, facts, _ = document(path, seed, length, lab.tokenizer)
-    keys = [(path.rpartition("/")[2], seed, length, i) for i in range(len(facts))]
-    if not any(lab.missing(*key) for key in keys):
-        return
-    prompts = [lab.tokenizer.chat([{"role": "user", "content": f"{text}\n\n{question}"}])
-               for question, _, _ in facts]
-    shared = common_prefix(prompts)
-    cache = Recorder()
-    lab.model.prefill(torch.tensor([prompts[0][:shared]]), cache)
     flags = sentence_flags(lab.tokenizer.token_bytes)
-    for key, prompt, (_, _, value) in zip(keys, prompts, facts):
-        asked = cache.fork()
-        first = int(lab.model.prefill(torch.tensor([prompt[shared:]]), asked).argmax())
+    for key, (_, _, value), _, asked, logits in questions(lab, path, seed, length):
+        first = int(logits.argmax())
         for part, name in lab.missing(*key):
             used = asked.fork()
             if name != "dense":
-                method = lab.method(part, name, len(prompt))
+                method = lab.method(part, name, asked.length)
                 used = Started(flags, asked.recording(), **vars(method.settings))
             answer = greedy_answer(lab, used, first)
             lab.log.add({**dict(zip(KEYS, key)), "part": part, "method": name,

@@ -71,8 +71,12 @@ def common_prefix(rows):
     return next((i for i, column in columns if len(set(column)) > 1), min(map(len, rows)))
 
 @torch.no_grad()
-def measure(lab, path, seed, length):
-    """Add the answers of every method to the five questions about one text to the log."""
+def questions(lab, path, seed, length):
+    """Ask the five questions about one text, except for those that are all in the log.
+
+    Yields the key of a question in the log, its fact and depth, the cache that has read the text
+    and the question, and the logits after it (1, V).
+    """
     text, facts, depths = document(path, seed, length, lab.tokenizer)
     keys = [(path.rpartition("/")[2], seed, length, i) for i in range(len(facts))]
     if not any(lab.missing(*key) for key in keys):
@@ -82,15 +86,19 @@ def measure(lab, path, seed, length):
     shared = common_prefix(prompts)
     cache = Recorder()
     lab.model.prefill(torch.tensor([prompts[0][:shared]]), cache)
-    for key, prompt, (_, start, value), depth in zip(keys, prompts, facts, depths):
+    for key, prompt, fact, depth in zip(keys, prompts, facts, depths):
+        if lab.missing(*key):
+            asked = cache.fork()
+            logits = lab.model.prefill(torch.tensor([prompt[shared:]]), asked)
+            yield key, fact, depth, asked, logits
+
+def measure(lab, path, seed, length):
+    """Add the answers of every method to the five questions about one text to the log."""
+    for key, (_, start, value), depth, asked, _ in questions(lab, path, seed, length):
         missing = lab.missing(*key)
-        if not missing:
-            continue
-        asked = cache.fork()
-        lab.model.prefill(torch.tensor([prompt[shared:]]), asked)
         answer = lab.tokenizer.encode(start + value)
         known = len(lab.tokenizer.encode(start))
-        compared = [lab.method(part, name, len(prompt)) for part, name in missing]
+        compared = [lab.method(part, name, asked.length) for part, name in missing]
         right = right_answers(lab.model, asked.recording(), answer, compared, known)
         for (part, name), ok in zip(missing, right):
             lab.log.add({**dict(zip(KEYS, key)), "part": part, "method": name, "right": ok,
