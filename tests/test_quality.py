@@ -430,10 +430,19 @@ def test_a_cache_that_starts_from_a_recording_decodes_as_one_that_read_the_promp
     read = SentenceKV(flags, **settings)
     with torch.no_grad():
         model.prefill(torch.tensor([prompt]), read)
-        for token in new:
-            logits = [model(torch.tensor([[token]]), cache) for cache in (started, read)]
+        for part in [[token] for token in new] + [ids[160:170], ids[170:171]]:  # with a follow-up
+            logits = [model(torch.tensor([part]), cache) for cache in (started, read)]
             torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
             assert torch.equal(*(cache.fetched()[0] for cache in (started, read)))
+
+@pytest.mark.parametrize("stop, expected", [(6, "345"), (3, ""), (30, "3456")])
+def test_an_answer_ends_with_a_stop_id_or_after_so_many_tokens(stop, expected, monkeypatch):
+    """A model that counts: the token after id n is n + 1."""
+    monkeypatch.setattr(free_answers, "MOST_TOKENS", 4)
+    lab = SimpleNamespace(
+        model=lambda tokens, cache: F.one_hot(tokens[:, -1] + 1, 32),
+        tokenizer=SimpleNamespace(stop_ids={stop}, decode=lambda ids: "".join(map(str, ids))))
+    assert free_answers.greedy_answer(lab, None, 3) == expected
 
 def test_a_value_counts_as_a_number_of_its_own():
     assert free_answers.contains("The code is 4711.", " 4711")
@@ -453,6 +462,9 @@ def test_free_answers_with_a_covering_budget_are_those_of_dense_attention(
     records = [json.loads(line) for line in log.read_text().splitlines()]
     answers = {(r["fact"], r["part"]): r["answer"] for r in records}
     assert len(answers) == 15 and any(answers.values())
+    _, facts, _ = needles.document(str(prose), 0, 500, Tokenizer.from_dir(TINY))
+    right = [facts[r["fact"]][2].strip() in r["answer"] for r in records]
+    assert [r["right"] for r in records] == right and 0 < sum(right) < len(right)
     assert all(answers[i, 0] == answers[i, 1] for i in range(5))    # the budget covers all
     assert run(free_answers.main, [*options[:-1], "Quest"]) == 2
     assert "'Quest' has no cache" in capsys.readouterr().err

@@ -10,7 +10,7 @@ EXAMPLES = [        # "|": a sentence ends here
     "Pi is 3.14, see notes.md or x.org/?q=1.| Next",
     "Mr. Bean met Dr. Who (vs. Prof. Plum) in Sept. 2004.| Next",
     "J. R. Smith (b. 1950) of the U.S. Senate, e.g. \"M. Hill\".| You and I.| At 5.| Plan B?| We",
-    "A code (i.e. The key), i.e. \"The key\".| So did I.| You (i.e. I.) know",
+    "A code (i.e. The key), i.e. \"The key\".| So did I.| You (i.e. I.) know part i. The end",
     "She likes tea etc. and so on... or … no . . . hm.| oh!| how are you?| fine",
     "\"Why?\" he asked.| \"Go!\" she said.| “Stop.”| «Now.»| (Yes!)| 'It ends.'| \"So",
     "**Bold.**| Next is `code.`| More.| _So?_| # Title",
