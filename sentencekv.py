@@ -17,7 +17,6 @@ is cut into pieces, each with a vector of its own. In the code, "sentence" means
     budget        tau         int                            most tokens that a KV head attends to
     keep          r           number                         floor(r * tau) prompt tokens survive
     window        N           int                            last queries, which judge importance
-    alpha         alpha_i     (T,)                  device   importance of each prompt token
     vectors       kbar_{s,h}  (B, H, S, w)          device   semantic vectors, w = d or d + 1
     query_mean    qbar        (B, H, G, d)          device   mean query of the current sentence
     pool.kv       K, V        (B, C, H, 2, d)       host     all keys [..., 0, :] and values
@@ -27,7 +26,6 @@ B rows (batch), T new tokens, S sentences, C slots, d head width, Hq query heads
 G = Hq / H query heads of a group share a KV head. Differences from the paper follow "Paper:".
 """
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from types import SimpleNamespace
@@ -44,20 +42,15 @@ def need(condition, message):
 
 ENDS = "。！？｡।॥؟۔።։။"            # a sentence ends after these
 MAY_END = ".!?…"                  # only if white space follows: "3.14" is not split
-CLOSERS = "]\"'`*_)}»”’」』）】》〉"       # may follow a stop: brackets, quotes, Markdown
-OPENERS = "\"'`*_([{«“‘"                # may precede a word
+CLOSERS = "]\"'`*_)}»”’」』）】》〉"   # may follow a stop: brackets, quotes, Markdown
 PARAGRAPH = re.compile(r"(\n\s*\n|\u2029)\s*$")     # a blank line
-SENTENCE_END = re.compile(rf"""
-    ( [{ENDS}] | [{MAY_END}] (?=.*\s$) )
-    ( [{CLOSERS}] | \s*\[[^][.!?]*\] )*         # notes such as [2] belong to the sentence
-    \s*$""", re.VERBOSE | re.DOTALL)
-# A full stop after these ends no sentence: abbreviations, initials ("J. R.", "U.S."), "1."
-ABBREVIATION = re.compile(rf"""
-    (?<![^\s{OPENERS}])
+SENTENCE_END = re.compile(            # a stop, closers, and notes such as [2]
+    rf"([{ENDS}]|[{MAY_END}](?=.*\s$))([{CLOSERS}]|\s*\[[^][.!?]*\])*\s*$", re.DOTALL)
+# A full stop after these ends no sentence: abbreviations, initials ("J. R.", but not "I."), "1."
+ABBREVIATION = re.compile(r"""(?<![^\s"'`*_([{«“‘])
     ( mr|mrs|ms|dr|ph\.d|prof|st|jr|sr|rev|hon|gen|col|maj|capt|lt|sgt|sen|rep|gov|inc|ltd|co|corp
     | vs|cf|ca|mt|ft|fig|eq|vol|pp|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec
-    | (?! (?-i:I)\.\W*$ ) [^\W\d_] (\.[^\W\d_])* ) \.\W*$     # but "I" ends one
-    | ^[\W\d_]*$""", re.VERBOSE | re.IGNORECASE)
+    | (?!(?-i:I)\.\W*$) [^\W\d_] (\.[^\W\d_])* ) \.\W*$ | ^[\W\d_]*$""", re.I | re.X)
 # After these, a sentence goes on with a lower-case word: "Why?" he asked, and so on... and, etc.
 GOES_ON = re.compile(rf"([{MAY_END}][{CLOSERS}]+|…|\.\ ?\.|etc\.)\s*$")
 TAIL = 48                         # trailing bytes of the open sentence that the rules see
@@ -70,7 +63,9 @@ def starts_sentence(before, after):
     """
     word = after.lstrip()
     text = before + after[:len(after) - len(word)]      # all that precedes the word
-    if word == "" or (word[0] in CLOSERS and not text[-1:].isspace()):
+    if word == "":
+        return False
+    if word[0] in CLOSERS and not text[-1:].isspace():
         return False
     if PARAGRAPH.search(text):
         return True
@@ -80,17 +75,14 @@ def starts_sentence(before, after):
     return not (goes_on or ABBREVIATION.search(text))
 
 def sentence_flags(token_bytes):
-    """What Segmenter needs of a vocabulary: token bytes (None: special) -> list of bytes.
-
-    A special token counts as a blank line, so it ends a sentence.
-    """
-    return [b"\n\n" if raw is None else raw for raw in token_bytes]
+    """What Segmenter needs of a vocabulary: token bytes (None: special) -> list of bytes."""
+    return [b"\n\n" if raw is None else raw for raw in token_bytes]   # special: a blank line
 
 class Segmenter:
-    """Cuts one row of tokens into sentences, one token at a time, on the host.
+    """One row of the batch: its tokens, and the sentences that they form. All on the host.
 
     >>> row = Segmenter([b"<bos>", b"Hello", b".", b'"', b" He"], sink=1, max_sentence=64)
-    >>> [row.add(token) for token in (0, 1, 2, 3, 4, 1)]
+    >>> row.extend([0, 1, 2, 3, 4, 1])
     [0, 1, 1, 1, 2, 2]
     """
 
@@ -98,23 +90,34 @@ class Segmenter:
         self.flags = flags
         self.sink = sink
         self.max_sentence = max_sentence
-        self.tokens = []        # all tokens of the row
+        self.tokens = []
         self.sentence = []      # the sentence of each token
         self.lengths = [0]      # tokens in each sentence; sentence 0 is the sink
         self.tail = b""         # end of the open sentence, as bytes: a character can span tokens
+        self.prompt_end = 0     # where the last prompt ended; later tokens are generated
+        self.extend([])
 
-    def add(self, token):
-        """Append a token, unless it is padding (-1); return the number of its sentence."""
+    def extend(self, ids):
+        """Append the tokens of a forward; return the sentence of each. -1 is padding."""
+        self.start = len(self.tokens)               # position of the first new token
+        self.first = len(self.lengths) - 1          # the sentence that was open
+        sentence = [self._add(token) for token in ids]
+        self.last = len(self.lengths) - 1           # the sentence that is open now
+        self.new = len(self.tokens) - self.start
+        if self.new > 0 and len(ids) > 1:
+            self.prompt_end = len(self.tokens)
+        return sentence
+
+    def _add(self, token):
         if token >= 0:
             new = self.flags[token] if token < len(self.flags) else b""
-            texts = [raw.decode(errors="replace") for raw in (self.tail, new)]
-            starts = starts_sentence(*texts)
+            before, after = (raw.decode(errors="replace") for raw in (self.tail, new))
+            starts = starts_sentence(before, after)
             self.tail = new if starts else (self.tail + new)[-TAIL:]
             full = self.lengths[-1] == self.max_sentence
             position = len(self.tokens)
-            if position >= self.sink:
-                if starts or full or position == self.sink:
-                    self.lengths.append(0)
+            if position == self.sink or position > self.sink and (starts or full):
+                self.lengths.append(0)
             self.lengths[-1] += 1
             self.tokens.append(token)
             self.sentence.append(len(self.lengths) - 1)
@@ -132,16 +135,16 @@ def importance(q, k, pool=1):
     q = q.reshape(H, -1, d) * d ** -0.5                               # (H, G * N, d)
     logits = (q @ k.transpose(1, 2)).float()                          # (H, G * N, T)
     logits = logits.view(Hq, N, T)
-    future = torch.ones_like(logits[0], dtype=torch.bool).triu(T - N + 1)
-    weights = logits.masked_fill(future, float("-inf")).softmax(-1)   # (Hq, N, T)
-    alpha = weights.sum((0, 1))
+    future = torch.ones(N, T, dtype=torch.bool, device=q.device).triu(T - N + 1)
+    weights = logits.masked_fill(future, float("-inf")).softmax(-1)
+    alpha = weights.sum((0, 1))                                       # (T,)
     before = alpha[None, :-N]
     before = F.max_pool1d(before, pool, stride=1, padding=pool // 2)
     return torch.cat((before[0], alpha[-N:]))
 
 def survivors(alpha, n):
     """Indices of the n most important tokens of the prompt (Sec. 4.1), ascending: (T,) -> (n,)."""
-    order = alpha.sort(descending=True, stable=True).indices          # ties: the earlier token
+    order = alpha.argsort(descending=True, stable=True)               # ties: the earlier token
     return order[:n].sort().values
 
 # ----------------------------------------------------------- 3. Semantic vectors and their rank
@@ -160,9 +163,10 @@ class Mean:
     def vector(total, n):
         return total / n
     def score(q, query_mean, vectors, candidates):
-        query = query_mean.mean(2, keepdim=True) * q.shape[-1] ** -0.5          # (B, H, 1, d)
-        query = query.to(vectors.dtype)
-        return (query @ vectors.transpose(2, 3)).squeeze(2)
+        query = query_mean.mean(2, keepdim=True)                      # (B, H, 1, d)
+        query = (query * q.shape[-1] ** -0.5).to(vectors.dtype)
+        scores = query @ vectors.transpose(2, 3)                      # (B, H, 1, S)
+        return scores.squeeze(2)
 
 class Ball:
     """The keys of a sentence as a ball: mean key m and radius r, the rms distance from the mean.
@@ -183,11 +187,14 @@ class Ball:
     def score(q, query_mean, vectors, candidates):
         x = (q + query_mean) / 2 * q.shape[-1] ** -0.5                # (B, H, G, d)
         center = F.pad(x, (0, 1))                                     # (x, 0) . (m, r)
-        edge = torch.cat((x, x.norm(dim=-1, keepdim=True)), dim=-1)   # (x, |x|) . (m, r)
-        views = torch.cat((center, edge), dim=2).to(vectors.dtype)    # (B, H, 2 * G, w)
+        length = x.norm(dim=-1, keepdim=True)
+        edge = torch.cat((x, length), dim=-1)                         # (x, |x|) . (m, r)
+        views = torch.cat((center, edge), dim=2)                      # (B, H, 2 * G, w)
+        views = views.to(vectors.dtype)
         logits = (views @ vectors.transpose(2, 3)).float()            # (B, H, 2 * G, S)
-        logits = logits.masked_fill(~candidates[:, None, None], float("-inf"))
-        return logits.softmax(-1).sum(2)
+        others = ~candidates[:, None, None]
+        weights = logits.masked_fill(others, float("-inf")).softmax(-1)
+        return weights.sum(2)
 
 RANKS = {"mean": Mean, "ball": Ball}
 # The paper's settings, and those of the authors' code: SentenceKV(flags, **PAPER)
@@ -218,15 +225,17 @@ def select(scores, count, places, top):
     >>> slot.tolist(), sentence.tolist(), taken.tolist()
     ([[[3, 4, 5, 6, 7]]], [[[1, 2, 0]]], [[[2, 3, 0]]])
     """
-    offset = (count.cumsum(1) - count)[:, None].expand_as(scores)     # first slot of a sentence
-    count = count[:, None].expand_as(scores)
+    B, H, S = scores.shape
+    offset = (count.cumsum(1) - count)[:, None].expand(B, H, S)       # first slot of a sentence
+    count = count[:, None].expand(B, H, S)
     scores = scores.masked_fill(count == 0, float("-inf"))
     sentence = scores.topk(top, dim=2).indices                        # (B, H, top)
     # Lay the best sentences end to end: each occupies places start to stop - 1.
     stop = count.gather(2, sentence).cumsum(2).clamp(max=places)      # (B, H, top)
     start = F.pad(stop, (1, 0))[:, :, :-1]
-    place = torch.arange(places, device=scores.device).repeat(*scores.shape[:2], 1)
-    filled = place < stop[:, :, -1:]                                  # (B, H, places)
+    place = torch.arange(places, device=scores.device)
+    place = place.repeat(B, H, 1)                                     # (B, H, places)
+    filled = place < stop[:, :, -1:]
     owner = torch.searchsorted(stop, place, right=True)               # which of the best fills it
     shift = offset.gather(2, sentence) - start                        # from place to slot
     slot = place + shift.gather(2, owner.clamp(max=top - 1))
@@ -247,14 +256,12 @@ def causal_attention(q, k, v, chunk=512):
     q (B, Hq, T, d), k, v (B, H, M, d): the queries belong to the last T of the M tokens. Returns
     (B, Hq, T, d). Processes `chunk` queries at a time, to avoid a (T, M) matrix.
     """
-    if q.shape[2] == 1:
-        return grouped_attention(q, k, v)
     out, visible = [], k.shape[2] - q.shape[2]
     for part in q.split(chunk, dim=2):
         visible += part.shape[2]                                      # keys its last query sees
         mask = causal_lower_right(part.shape[2], visible)
-        out.append(F.scaled_dot_product_attention(
-            part, k[:, :, :visible], v[:, :, :visible], mask, enable_gqa=True))
+        keys, values = k[:, :, :visible], v[:, :, :visible]
+        out.append(F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True))
     return torch.cat(out, dim=2)
 
 # ------------------------------------------------------------------------------ 5. The host pool
@@ -279,17 +286,18 @@ class HostPool:
     def append(self, b, kv):
         """Append n tokens to row b; kv (H, n, 2, d) is on the device."""
         kv = kv.transpose(0, 1).contiguous()                          # (n, H, 2, d)
-        start, end = self.used[b], self.used[b] + len(kv)
+        start = self.used[b]
+        end = start + len(kv)
         if end > self.kv.shape[1]:                                    # grow by an eighth
+            self.finish_writes()
             B, C, *shape = self.kv.shape
             larger = self.allocate((B, end + end // 8 + 16, *shape), kv.dtype)
-            self.finish_writes()
             larger[:, :C] = self.kv
             self.kv = larger
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             kv.record_stream(self.stream)                             # keep its memory until then
-        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+        with torch.cuda.stream(self.stream):                          # None: does nothing
             self.kv[b, start:end].copy_(kv, non_blocking=True)
         self.used[b] = end
 
@@ -299,13 +307,12 @@ class HostPool:
         B, C, H, _, d = self.kv.shape
         row = torch.arange(B)[:, None, None] * C
         index = (row + slot.cpu()) * H + torch.arange(H)[:, None]     # into (B * C * H, 2 * d)
-        buffer = out
-        if self.stream is not None:     # PyTorch reuses pinned memory only after the copy below
-            buffer = self.allocate(out.shape, out.dtype)
+        # PyTorch reuses a pinned buffer only after it has been copied.
+        buffer = out if self.stream is None else self.allocate(out.shape, out.dtype)
         source = self.kv.view(-1, 2 * d)
         target = buffer.view(-1, 2 * d)
         torch.index_select(source, 0, index.flatten(), out=target)
-        if self.stream is not None:
+        if buffer is not out:
             out.copy_(buffer, non_blocking=True)
 
     def read(self, b):
@@ -341,15 +348,13 @@ class Settings:
         rest = self.budget - self.sink - self.recent
         need(rest > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - rest}")
         if self.max_sentence is None:
-            self.max_sentence = min(6, -(-rest // 3))                 # about 3 fit into the rest
+            self.max_sentence = min(6, (rest + 2) // 3)               # about 3 fit into the rest
         need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
              f"max_sentence must be an int from 1 to {rest} (budget - sink - recent), "
              f"got {self.max_sentence!r}")
-        if self.keep is not None:
-            need(type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
-                 f"keep must be None or a number of at least 1, got {self.keep!r}")
-            need(self.window <= self.keep * self.budget,
-                 f"window must be at most keep * budget, got {self.window}")
+        least = max(1, self.window / self.budget)
+        need(self.keep is None or type(self.keep) in (int, float) and least <= self.keep < 1e9,
+             f"keep must be None or a number of at least {least:g}, got {self.keep!r}")
         need(self.pool % 2 == 1, f"pool must be odd, got {self.pool}")
         need(self.rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
 
@@ -367,7 +372,6 @@ class SentenceKV:
         self.flags, self.host_pool = list(flags), host_pool
         self.rows = []          # one Segmenter per row of the batch: token ids and sentence lengths
         self.length = 0         # tokens in the longest row
-        self.queries = []       # per row, the number of queries averaged in query_mean
         self.ranked = 0         # how many of the best sentences select() considers
         self.room = 0           # S: the layers have room for this many sentences
         self.step = None        # what all layers need in one forward: begin() makes it
@@ -384,49 +388,44 @@ class SentenceKV:
         without a token in this step. Raises ValueError on bad input, and then changes nothing.
         """
         self._check_tokens(tokens)
-        s, (B, T), device = self.settings, tokens.shape, tokens.device
+        B, T = tokens.shape
+        s, device = self.settings, tokens.device
         if not self.rows:
             self.rows = [Segmenter(self.flags, s.sink, s.max_sentence) for _ in range(B)]
-            self.queries = [0] * B
         self.next_layer = None      # stays None if this forward fails: the next begin() raises
-        start = [[len(row.tokens)] for row in self.rows]
-        first = [len(row.lengths) - 1 for row in self.rows]
-        sentence = [[row.add(id) for id in ids] for row, ids in zip(self.rows, tokens.tolist())]
-        last = [len(row.lengths) - 1 for row in self.rows]
-        new = [len(row.tokens) - n for row, [n] in zip(self.rows, start)]
+        sentence = [row.extend(ids) for row, ids in zip(self.rows, tokens.tolist())]
         self.length = max(len(row.tokens) for row in self.rows)
-        if last != first or self.ranked == 0:
-            enough = max(enough_sentences(row.lengths, s.budget) for row in self.rows)
-            self.ranked = s.budget if s.keep else enough    # pruned ones may have a single token
-        if max(last) >= self.room:
-            self.room = max(last) + 65          # 64 to spare
+        S = max(len(row.lengths) for row in self.rows)
+        if S > self.room:
+            self._grow(S + 64)
+        # query_mean (Eq. 2) restarts with every sentence and after every prompt: each query has an
+        # equal share in it.
+        queries = [min(row.lengths[-1], len(row.tokens) - row.prompt_end) for row in self.rows]
+        share = [row.new / max(1, n) for row, n in zip(self.rows, queries)]
+        start = [[row.start] for row in self.rows]
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
-        oldest = [row.sentence[-s.recent:][:1] for row in self.rows]
+        oldest = [[row.sentence[-s.recent:][0]] for row in self.rows]
         number = torch.arange(self.room, device=device)
-        near = number >= torch.tensor(oldest, device=device)          # (B, S)
+        near = number >= torch.tensor(oldest, device=device)
         near[:, 0] = True
         self.step = SimpleNamespace(
-            new=new,                    # B ints: number of new tokens
-            first=first,                # B ints: the sentence that was open, the first to change
-            last=last,                  # B ints: the sentence that is open now, the last to change
-            sentence=torch.tensor(sentence, device=device),           # (B, T)
+            sentence=torch.tensor(sentence, device=device),           # (B, T) of each new token
             near=near,                                                # (B, S)
-            weight=self._query_weight(new, T).to(device))             # (B,)
+            share=torch.tensor(share, dtype=torch.float32, device=device))     # (B,) of the query
         self.next_layer = 0
         return torch.tensor(start, device=device) + torch.arange(T, device=device)
 
-    def _query_weight(self, new, T):
-        """Count the new queries; return the share of each in query_mean (Eq. 2), (B,).
-
-        The mean restarts with every sentence and after every prompt.
-        """
-        for b, row in enumerate(self.rows):
-            if T == 1:
-                self.queries[b] = min(self.queries[b] + new[b], row.lengths[-1])
-            elif new[b] > 0:
-                self.queries[b] = 0
-        weight = [n / max(1, m) for n, m in zip(new, self.queries)]
-        return torch.tensor(weight, dtype=torch.float32)
+    def _grow(self, room):
+        """Make room for more sentences in every layer, and see how many can fill the budget."""
+        for layer in self.layers:
+            missing = room - layer.vectors.shape[2]
+            layer.count = F.pad(layer.count, (0, missing))
+            layer.vectors = F.pad(layer.vectors, (0, 0, 0, missing))
+        budget = self.settings.budget
+        enough = max(enough_sentences(row.lengths, budget) for row in self.rows)
+        # Until the next call, 64 more sentences can begin. keep=r can leave one token of each.
+        self.ranked = min(budget if self.settings.keep else enough + 64, room)
+        self.room = room
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -441,18 +440,14 @@ class SentenceKV:
         self.next_layer = None
         if index == len(self.layers):
             self.layers.append(self._new_layer(q, k))
-        layer, step = self.layers[index], self.step
-        missing = self.room - layer.count.shape[1]
-        if missing > 0:
-            layer.count = F.pad(layer.count, (0, missing))
-            layer.vectors = F.pad(layer.vectors, (0, 0, 0, missing))
+        layer = self.layers[index]
         kv = torch.stack((k, v), dim=3)                               # (B, H, T, 2, d)
         attention = self._decode if q.shape[2] == 1 else self._prompt
         out = attention(layer, q, kv)
-        for b, n in enumerate(step.new):
-            sentence = step.sentence[b, :n]
-            new = kv[b, :, :n]                                        # (H, n, 2, d)
-            self._append(layer, b, new, sentence, step.first[b], step.last[b])
+        for b, row in enumerate(self.rows):
+            new = kv[b, :, :row.new]                                  # (H, n, 2, d)
+            sentence = self.step.sentence[b, :row.new]
+            self._append(layer, b, new, sentence, row.first, row.last)
         self.next_layer = index + 1
         return out
 
@@ -470,7 +465,7 @@ class SentenceKV:
             open=torch.zeros_like(features),                # features of the open sentence
             query_mean=q.new_zeros(B, H, Hq // H, d, dtype=torch.float32),
             observed=q.new_zeros(B, Hq, s.window, d) if s.keep else None,   # last N queries
-            fetched=None)                                   # see fetched()
+            fetched=None)                                   # (2, B, H, k), see fetched()
 
     def _decode(self, layer, q, kv):
         """T = 1: rank the sentences, fetch the best, attend to them and to the token itself."""
@@ -480,16 +475,15 @@ class SentenceKV:
         query = q.view(layer.query_mean.shape).float()                # (B, H, G, d)
         # Paper: Sec. 4.2 averages over the complete sentence; Algorithm 1 and this code over the
         # queries so far.
-        weight = self.step.weight.view(-1, 1, 1, 1)
-        layer.query_mean.lerp_(query, weight)
+        share = self.step.share.view(-1, 1, 1, 1)
+        layer.query_mean.lerp_(query, share)
         near = self.step.near
         candidates = (layer.count > 0) & ~near
         scores = self.rule.score(query, layer.query_mean, layer.vectors, candidates)
         scores = scores.masked_fill(near[:, None], float("inf"))      # (B, H, S)
         places = self.settings.budget - 1
-        top = min(self.ranked, self.room)
-        slot, filled, sentence, taken = select(scores, layer.count, places, top)
-        layer.fetched = (sentence, taken)
+        slot, filled, sentence, taken = select(scores, layer.count, places, self.ranked)
+        layer.fetched = torch.stack((sentence, taken))
         slot = F.pad(slot, (0, 1))                                    # (B, H, budget)
         layer.pool.fetch(slot, out=self.attended)
         self.attended[:, :, -1] = kv[:, :, 0]                         # the last place: the token
@@ -500,16 +494,15 @@ class SentenceKV:
     def _prompt(self, layer, q, kv):
         """T > 1: exact attention, row by row, since rows can have different lengths."""
         out = torch.zeros_like(q)
-        for b, n in enumerate(self.step.new):
-            if n > 0:
+        for b, row in enumerate(self.rows):
+            queries = q[b, :, :row.new]                               # (Hq, n, d)
+            if row.new > 0:
                 stored = layer.pool.read(b)                           # (H, M - n, 2, d)
-                both = torch.cat((stored, kv[b, :, :n]), dim=1)       # (H, M, 2, d)
+                both = torch.cat((stored, kv[b, :, :row.new]), dim=1)
                 keys, values = both[None].unbind(3)                   # (1, H, M, d)
-                row = slice(b, b + 1)
-                out[row, :, :n] = causal_attention(q[row, :, :n], keys, values)
+                out[b, :, :row.new] = causal_attention(queries[None], keys, values)[0]
             if layer.observed is not None:
-                new = q[b, :, :n]                                     # (Hq, n, d)
-                queries = torch.cat((layer.observed[b], new), dim=1)
+                queries = torch.cat((layer.observed[b], queries), dim=1)
                 layer.observed[b] = queries[:, -self.settings.window:]
         return out
 
@@ -524,33 +517,31 @@ class SentenceKV:
         layer.pool.append(b, kv)
         layer.count[b].scatter_add_(0, sentence, torch.ones_like(sentence))
         features = self.rule.features(kv[:, :, 0].float())            # (H, n, w)
-        total = features.new_zeros(len(kv), last + 1 - first, features.shape[2])
+        total = layer.open.new_zeros(len(kv), last + 1 - first, features.shape[2])
         total[:, 0] = layer.open[b]
-        total.index_add_(1, sentence - first, features)               # (H, last + 1 - first, w)
+        total.index_add_(1, sentence - first, features)
         layer.open[b] = total[:, -1]
         changed = slice(first, last + 1)
-        n = layer.count[b, changed, None].clamp(min=1)
-        layer.vectors[b, :, changed] = self.rule.vector(total, n)
+        count = layer.count[b, changed, None].clamp(min=1)
+        layer.vectors[b, :, changed] = self.rule.vector(total, count)
 
     def _prune(self, layer):
         """keep=r: store only the floor(r * budget) most important tokens of each row."""
         s, pool, count = self.settings, layer.pool, layer.count
         n = int(s.keep * s.budget)
-        if max(pool.used) <= n:
-            return
         B, _, H, _, d = pool.kv.shape
         layer.pool = self.host_pool(B, H, d, pool.kv.dtype, count.device)
         layer.count = torch.zeros_like(count)
         layer.open.zero_()
-        for b, length in enumerate(pool.used):
+        for b, row in enumerate(self.rows):
             kv = pool.read(b)                                         # (H, T, 2, d)
             sentence = torch.arange(self.room, device=kv.device).repeat_interleave(count[b])
-            if length > n:
+            if len(sentence) > n:
                 alpha = importance(layer.observed[b], kv[:, :, 0], s.pool)
                 near = (sentence == 0) | (sentence >= sentence[-s.recent:][0])
                 kept = survivors(alpha.masked_fill(near, float("inf")), n)
                 kv, sentence = kv[:, kept], sentence[kept]
-            self._append(layer, b, kv, sentence, 0, self.step.first[b])
+            self._append(layer, b, kv, sentence, 0, row.first)
 
     def _check_tokens(self, tokens):
         need(tokens.dtype in (torch.int64, torch.int32) and tokens.ndim == 2 and tokens.numel() > 0,
@@ -564,36 +555,31 @@ class SentenceKV:
              "-1 is padding: it must follow all tokens of a row, and no id may be below -1")
 
     def _check_layer(self, index, q, k, v):
-        need(self.step is not None and index == self.next_layer,
+        need(self.step and index == self.next_layer,
              f"expected attend() for layer {self.next_layer}, got layer {index}: call begin() once "
              "per forward, then attend() once in every layer, in order")
-        known = index < len(self.layers)
-        first_forward = self.length == max(self.step.new)
-        need(known or first_forward,
+        first_forward = not any(row.start for row in self.rows)
+        need(first_forward or index < len(self.layers),
              f"an earlier forward was interrupted before layer {index}: use a new cache")
-        (B, T), (_, H, _, d) = self.step.sentence.shape, k.shape
-        fits = k.shape == v.shape == (B, H, T, d)
-        fits = fits and q.shape == (B, q.shape[1], T, d) and q.shape[1] % H == 0
-        if known:
-            kv = self.layers[index].pool.kv
-            fits = fits and (H, d, k.dtype) == (kv.shape[2], kv.shape[4], kv.dtype)
-        need(fits, f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} x {T} tokens, with the "
+        (B, T), like = self.step.sentence.shape, k if self.attended is None else self.attended
+        H, d, queries = like.shape[1], like.shape[-1], q.shape[1]
+        fits = k.shape == v.shape == (B, H, T, d) and k.dtype == like.dtype
+        need(fits and q.shape == (B, queries, T, d) and queries % H == 0,
+             f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} x {T} tokens, with the "
              f"H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]} of {k.dtype}")
 
     def fetched(self):
-        """What the last decode step fetched: [sentence, taken], (layers, B, H, k) each.
+        """What the last decode step fetched: (sentence, taken), (layers, B, H, k) each.
 
         sentence: numbers in descending score, sink and recent ones first; taken: tokens fetched of
         each. Sentence s of row b has rows[b].lengths[s] tokens of the text rows[b].tokens.
         """
-        need(self.layers and self.layers[-1].fetched, "no decode step has fetched anything yet")
-        fetched = [layer.fetched for layer in self.layers]
-        return [torch.stack(x) for x in zip(*fetched)]
+        need(self.layers and self.layers[-1].fetched is not None, "no decode step so far")
+        return torch.stack([layer.fetched for layer in self.layers], dim=1).unbind(0)
 
     def memory(self):
         """Bytes of all tensors: {"device": ..., "host": ...}."""
-        parts = [self, self.step, *self.layers] if self.step else []
-        values = [x for part in parts for x in vars(part).values()]
-        values += [x for layer in self.layers for x in layer.fetched or ()]
-        return {"device": sum(x.nbytes for x in values if torch.is_tensor(x)),
+        parts = [vars(part) for part in (self, self.step, *self.layers) if part]
+        tensors = [x for part in parts for x in part.values() if torch.is_tensor(x)]
+        return {"device": sum(x.nbytes for x in tensors),
                 "host": sum(layer.pool.kv.nbytes for layer in self.layers)}

@@ -156,7 +156,7 @@ def whole_sentences(cache):
     """
     row = cache.rows[0]
     uncut = Segmenter(cache.flags, cache.settings.sink, max_sentence=len(row.tokens) + 1)
-    numbers = [uncut.add(token) for token in row.tokens]
+    numbers = uncut.extend(row.tokens)
     ids = [[] for _ in uncut.lengths]
     for token, number in zip(row.tokens, numbers):
         ids[number].append(token)

@@ -8,6 +8,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from sentencekv import Segmenter, need
 
@@ -102,7 +103,6 @@ def fork(cache):
     check_complete(cache, "fork()")
     twin = copy.copy(cache)
     twin.rows = [copy_row(row) for row in cache.rows]
-    twin.queries = list(cache.queries)
     twin.attended = torch.zeros_like(cache.attended)
     twin.layers = []
     for layer in cache.layers:
@@ -159,16 +159,16 @@ def truncate(cache, lengths):
     last = [len(row.lengths) - 1 for row in rows]
     first = last
     if not complete:                                # the vectors of later ones may be wrong,
-        first = [min(pair) for pair in zip(last, cache.step.first)]
+        first = [min(n, row.first) for n, row in zip(last, cache.rows)]
         if cache.settings.keep:                     # and all if keep=r was pruning
             first = [0] * len(rows)
-    cache.rows = rows
+    for row, n in zip(cache.rows, last):
+        row.first = min(n, row.first)               # for the next call, should this one not end
     for layer, missing in zip(cache.layers, lost):
-        rebuild(cache, layer, missing, first)
-    cache.step = SimpleNamespace(new=[0] * len(rows), first=last, last=last)
+        rebuild(cache, layer, rows, missing, first)
+    cache.rows = rows
     cache.length = max(wanted)
-    cache.queries = [0] * len(rows)
-    cache.ranked = 0                                # begin() computes it
+    cache.ranked = min(cache.settings.budget, cache.room)             # always enough
     cache.next_layer = len(cache.layers)
 
 def lost_tokens(cache, layer):
@@ -177,8 +177,8 @@ def lost_tokens(cache, layer):
     Only sentences that were complete before the last forward can have lost any.
     """
     lost = []
-    for row, first, count in zip(cache.rows, cache.step.first, layer.count.tolist()):
-        complete = min(first, len(row.lengths) - 1)
+    for row, count in zip(cache.rows, layer.count.tolist()):
+        complete = min(row.first, len(row.lengths) - 1)
         kept = count[:complete] + row.lengths[complete:]
         if cache.settings.keep is None:
             kept = row.lengths
@@ -210,23 +210,25 @@ def check_lengths(cache, wanted, lost):
 def cut_row(row, n):
     """A Segmenter after the first n tokens of this one."""
     new = Segmenter(row.flags, row.sink, row.max_sentence)
-    for token in row.tokens[:n]:
-        new.add(token)
+    new.extend(row.tokens[:n])
+    new.prompt_end = n
+    new.extend([])
     return new
 
-def rebuild(cache, layer, lost, first):
-    """Cut a layer to the text in cache.rows; lost: what lost_tokens() returned for this layer.
+def rebuild(cache, layer, rows, lost, first):
+    """Cut a layer to the text in rows; lost: what lost_tokens() returned for this layer.
 
     The sentences from first[b] on are taken out of the pool and appended again, which makes their
     vectors anew.
     """
     counts = [[n - m for n, m in zip(row.lengths, missing)]
-              for row, missing in zip(cache.rows, lost)]
+              for row, missing in zip(rows, lost)]
     before = [sum(count[:n]) for count, n in zip(counts, first)]      # slots that stay
     after = [sum(count) for count in counts]
     kv = fetch_slots(layer.pool, before, after)                       # (B, H, n, 2, d)
     layer.pool = cut(layer.pool, before, cache.host_pool)
-    room = layer.vectors.shape[2]
+    room = cache.room
+    layer.vectors = F.pad(layer.vectors, (0, 0, 0, room - layer.vectors.shape[2]))
     kept = [count[:n] + [0] * (room - n) for count, n in zip(counts, first)]
     device = layer.count.device
     layer.count = torch.tensor(kept, device=device)                   # (B, S)

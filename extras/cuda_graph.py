@@ -26,7 +26,7 @@ class GraphedStep:
         need(device.type == "cuda", f"a CUDA graph needs a CUDA device, the model is on {device}")
         self.model = model
         self.cache = cache
-        self.ranked = 0         # cache.ranked in the graph: a little more than needed
+        self.ranked = 0         # cache.ranked in the graph
         self.inputs = None      # tensors that change with every step, see copy_inputs()
         self.graph = None
         self.logits = None      # (B, V), what the graph computes
@@ -46,8 +46,6 @@ class GraphedStep:
                 layer.pool.finish_writes()
         positions = cache.begin(tokens)
         try:
-            if cache.room > cache.layers[-1].count.shape[1]:
-                return self.model.compute(tokens, positions, cache)
             return self.replay(tokens, positions)
         except BaseException:
             cache.next_layer = None
@@ -64,17 +62,16 @@ class GraphedStep:
         """The layers of one step, after begin()."""
         cache, step = self.cache, self.cache.step
         self.copy_inputs(tokens, positions)
-        if cache.ranked > self.ranked:              # more would not change what is fetched
-            self.ranked = cache.ranked + 64
+        if cache.ranked != self.ranked:
+            self.ranked = cache.ranked
             self.captured = []
-        cache.ranked = self.ranked
         tensors = self.tensors()
         if len(tensors) != len(self.captured) or any(
                 new is not old for new, old in zip(tensors, self.captured)):
             self.capture(tensors)
         self.graph.replay()
         for layer, fetched in zip(cache.layers, self.fetched):
-            layer.pool.advance(step.new)
+            layer.pool.advance([row.new for row in cache.rows])
             layer.fetched = fetched
         cache.next_layer = len(cache.layers)
         self.step = step
@@ -83,8 +80,9 @@ class GraphedStep:
     def copy_inputs(self, tokens, positions):
         """Copy what begin() computed into the tensors that the graph reads."""
         step = self.cache.step
-        values = [self.cache.layers[0].pool.used, step.new,
-                  [a != b for a, b in zip(step.first, step.last)]]
+        rows = self.cache.rows
+        values = [self.cache.layers[0].pool.used, [row.new for row in rows],
+                  [row.first != row.last for row in rows]]
         slot, new, starts = torch.tensor(values, device=tokens.device)
         inputs = dict(
             tokens=tokens,              # (B, 1)
@@ -94,7 +92,7 @@ class GraphedStep:
             starts=starts,              # (B,) 1 if the token starts a sentence
             sentence=step.sentence,     # (B, 1) the sentence of the token
             near=step.near,             # (B, S)
-            weight=step.weight)         # (B,)
+            share=step.share)           # (B,)
         old = self.inputs
         if old is None or old.near.shape != step.near.shape:
             self.inputs = SimpleNamespace(**{name: x.clone() for name, x in inputs.items()})
@@ -102,7 +100,7 @@ class GraphedStep:
         else:
             for name, x in inputs.items():
                 getattr(old, name).copy_(x)
-        step.near, step.weight = self.inputs.near, self.inputs.weight
+        step.near, step.share = self.inputs.near, self.inputs.share
 
     def tensors(self):
         """All that the graph uses of the cache."""

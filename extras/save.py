@@ -3,7 +3,8 @@
 The file has the layout of safetensors, so any reader of that format can look into it:
 
     tokens (B, T)             the text; -1 after the end of a shorter row
-    queries (B,)              how many queries query_mean is the mean of
+    prompt_end (B,)           number of tokens when the last prompt of the row ended
+    ranked (1,)               how many of the best sentences select() considers
     flags (bytes,)            sentence_flags(), as JSON
     layer.<l>.kv              (B, slots, H, 2, d), the host pool
     layer.<l>.count, ...      every tensor of the layer, see SentenceKV._new_layer()
@@ -24,9 +25,10 @@ import torch
 
 from extras.branch import BranchPool, check_complete
 from model import SAFETENSORS, blame, parse_json, read_safetensors
-from sentencekv import HostPool, Segmenter, SentenceKV, need, sentence_flags
+from sentencekv import (
+    HostPool, Segmenter, SentenceKV, enough_sentences, need, sentence_flags)
 
-FORMAT = "sentencekv cache 3"
+FORMAT = "sentencekv cache 4"
 DTYPES = {"I64": torch.int64, "F64": torch.float64, **SAFETENSORS, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -108,7 +110,8 @@ def entries(cache):
 
     length = cache.length
     rows = [row.tokens + [-1] * (length - len(row.tokens)) for row in cache.rows]
-    found = [entry("tokens", torch.tensor(rows)), entry("queries", torch.tensor(cache.queries)),
+    found = [entry("tokens", torch.tensor(rows)), entry("prompt_end", torch.tensor([row.prompt_end for row in cache.rows])),
+             entry("ranked", torch.tensor([cache.ranked])),
              entry("flags", pack_flags(cache.flags))]
     for l, layer in enumerate(cache.layers):
         pool = layer.pool
@@ -116,7 +119,7 @@ def entries(cache):
         shape = (B, max(pool.used), *shape)
         found.append((f"layer.{l}.kv", pool.kv.dtype, shape, lambda pool=pool: padded_rows(pool)))
         for name, x in vars(layer).items():
-            if torch.is_tensor(x):
+            if torch.is_tensor(x) and name != "fetched":
                 found.append(entry(f"layer.{l}.{name}", x))
     return sorted(found, key=lambda item: -item[1].itemsize)          # so all are aligned
 
@@ -225,18 +228,20 @@ def assemble(tensors, settings, model, host_pool):
     cache.rows = read_text(cache, tensors, model.config.vocab_size)
     B = len(cache.rows)
     cache.length = max(len(row.tokens) for row in cache.rows)
-    cache.queries = expect(tensors, "queries", torch.int64, (B,)).tolist()
-    need(all(0 <= n <= row.lengths[-1] for n, row in zip(cache.queries, cache.rows)),
-         "queries are wrong")
+    ends = expect(tensors, "prompt_end", torch.int64, (B,)).tolist()
+    for row, end in zip(cache.rows, ends):
+        need(0 <= end <= len(row.tokens), "prompt_end is wrong")
+        row.prompt_end = end
     for l in range(model.config.num_hidden_layers):
         cache.layers.append(read_layer(cache, tensors, f"layer.{l}.", model))
     used = {tuple(layer.pool.used) for layer in cache.layers}
     observed = {layer.observed is None for layer in cache.layers}
     need(len(used) == len(observed) == 1, "the layers do not fit together")
+    cache.ranked = int(expect(tensors, "ranked", torch.int64, (1,)))
+    enough = max(enough_sentences(row.lengths, cache.settings.budget) for row in cache.rows)
+    need(enough <= cache.ranked <= cache.room, "ranked is wrong")
     tensors.pop("sha256", None)
     need(not tensors, f"{[*tensors][:1]} is unexpected")
-    last = [len(row.lengths) - 1 for row in cache.rows]
-    cache.step = SimpleNamespace(new=[0] * B, first=last, last=last)
     cache.next_layer = len(cache.layers)
     return cache
 
@@ -268,8 +273,8 @@ def read_text(cache, tensors, vocabulary):
     s, rows = cache.settings, []
     for ids in tokens.tolist():
         row = Segmenter(cache.flags, s.sink, s.max_sentence)
-        for token in ids:
-            row.add(token)
+        row.extend(ids)
+        row.extend([])                              # no token is new
         rows.append(row)
     return rows
 

@@ -89,7 +89,15 @@ def assert_same_future(rng, model, caches, steps=12):
         for cache in caches[1:]:
             assert texts(cache) == texts(caches[0])
             if T == 1:
-                assert all(map(torch.equal, cache.fetched(), caches[0].fetched()))
+                assert_same_fetches(cache, caches[0])
+
+def assert_same_fetches(a, b):
+    """Both fetched the same tokens. Order may differ among sentences that are always fetched."""
+    tables = []
+    for sentence, taken in (a.fetched(), b.fetched()):
+        table = torch.zeros(*sentence.shape[:3], max(a.room, b.room), dtype=torch.long)
+        tables.append(table.scatter_(3, sentence.cpu(), taken.cpu()))
+    assert torch.equal(*tables)
 
 class Masked(DenseKV):
     """Dense attention, in a decode step over masks[layer][b][h] (lists of positions) alone."""
@@ -163,8 +171,7 @@ class Living(RuleBasedStateMachine):
         assert texts(cache) == rows and cache.length == dense.length
         for row in cache.rows:
             fresh = Segmenter(TOY_FLAGS, 2, 9)
-            for id in row.tokens:
-                fresh.add(id)
+            fresh.extend(row.tokens)
             assert row.lengths == fresh.lengths
 
     @rule(which=st.integers(0, 9), steps=st.integers(1, 9), idle=st.integers(0, 5))
@@ -634,7 +641,7 @@ def add(t, index, value):
 def flags_as(value):
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
-MISSING = ("tokens", "queries", "flags", "sha256", "layer.0.kv", "layer.1.count",
+MISSING = ("tokens", "prompt_end", "ranked", "flags", "sha256", "layer.0.kv", "layer.1.count",
            "layer.0.vectors", "layer.1.open", "layer.0.query_mean")
 LIES = {
     **{f"{name} missing": tensor(name, lambda t: None) for name in MISSING},
@@ -664,8 +671,10 @@ LIES = {
     "flags no list": tensor("flags", lambda t: flags_as({"0": 1})),
     "flags of another kind": tensor("flags", lambda t: flags_as([None, 1.5])),
     "flags of another dtype": tensor("flags", lambda t: t.long()),
-    "queries negative": tensor("queries", lambda t: t - 100),
-    "queries many": tensor("queries", lambda t: t + 100),
+    "prompt_end negative": tensor("prompt_end", lambda t: t - 100),
+    "prompt_end beyond": tensor("prompt_end", lambda t: t + 100),
+    "ranked small": tensor("ranked", lambda t: t - t),
+    "ranked large": tensor("ranked", lambda t: t + 10 ** 6),
     "kv shorter": tensor("layer.1.kv", lambda t: t[:, :-1]),
     "kv longer": tensor("layer.1.kv", lambda t: torch.cat((t, t), dim=1)),
     "kv of another dtype": tensor("layer.0.kv", lambda t: t.float()),
@@ -839,7 +848,7 @@ def test_zero_copy_and_cuda_graphs_compute_what_the_cpu_does(rank, keep, pretend
         for step, cache in zip(steps, caches[1:]):
             assert_close(step(tokens.to("cuda")).cpu()[real], expected[real])
             if tokens.shape[1] == 1 and bool(real.all()):
-                same_fetches(cache, caches[0])
+                assert_same_fetches(cache, caches[0])
 
     def decode(n):
         for i in range(n):
@@ -864,16 +873,6 @@ def test_zero_copy_and_cuda_graphs_compute_what_the_cpu_does(rank, keep, pretend
     steps[:2] = [lambda tokens, cache=cache: on_gpu(tokens, cache) for cache in caches[1:3]]
     decode(8)                                               # in branches
     assert sum(g.replays for g in pretended_gpu.graphs) > replays + 5
-
-def same_fetches(a, b):
-    """Did both fetch the same tokens? Order may differ among sentences that are always fetched."""
-    for layers in zip(a.layers, b.layers):
-        tables = []
-        for layer in layers:
-            sentence, taken = (x.cpu() for x in layer.fetched)
-            table = torch.zeros(*sentence.shape[:2], layer.count.shape[1], dtype=torch.long)
-            tables.append(table.scatter_(2, sentence, taken))
-        assert torch.equal(*tables)
 
 def test_a_decode_step_with_zero_copy_never_waits_for_the_gpu(pretended_gpu):
     rng, model = random.Random(0), toy_model(device="cuda")
@@ -953,7 +952,7 @@ def test_cuda_fetches_the_same_sentences_and_tokens_as_the_cpu(host_pool, keep):
         tokens = torch.tensor([toy_text(rng, T), toy_text(rng, T)])
         assert_close(model(tokens, caches[0]), on_gpu(tokens.cuda(), caches[1]).cpu())
         if T == 1:
-            same_fetches(caches[1], caches[0])
+            assert_same_fetches(caches[1], caches[0])
     for a, b in zip(*(cache.layers for cache in caches)):
         assert b.pool.kv.is_pinned() and a.pool.used == b.pool.used
         for row in range(2):

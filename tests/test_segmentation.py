@@ -27,7 +27,7 @@ EXAMPLES = [        # "|": a sentence ends here
 def cut(tokens, **settings):
     """List of bytes (None: special) -> list of sentences, each a list of tokens."""
     row = Segmenter(sentence_flags(tokens), **{"sink": 0, "max_sentence": 999, **settings})
-    numbers = [row.add(i) for i in range(len(tokens))]
+    numbers = row.extend(range(len(tokens)))
     assert row.tokens == list(range(len(tokens)))
     assert row.lengths == [numbers.count(s) for s in range(len(row.lengths))]
     return [[token for token, s in zip(tokens, numbers) if s == n] for n in sorted(set(numbers))]
@@ -69,5 +69,5 @@ def test_the_sink_and_long_sentences():
 
 def test_padding_and_unknown_tokens():
     row = Segmenter(sentence_flags([b"Hi", b".", b" You"]), sink=0, max_sentence=9)
-    assert [row.add(token) for token in (0, 1, -1, 7, 2, -1)] == [1, 1, 1, 1, 2, 2]
+    assert row.extend([0, 1, -1, 7, 2, -1]) == [1, 1, 1, 1, 2, 2]
     assert row.tokens == [0, 1, 7, 2] and row.lengths == [0, 3, 1]

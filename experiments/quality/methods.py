@@ -141,7 +141,7 @@ class Sentences(Method):
     def begin(self, recording, new):
         super().begin(recording, new)
         row = Segmenter(self.flags, self.settings.sink, self.settings.max_sentence)
-        numbers = [row.add(token) for token in recording.tokens + new]
+        numbers = row.extend(recording.tokens + new)
         self.sentence = torch.tensor(numbers)                               # (N,)
         self.near = self.near_at(self.position)                             # (T, S)
         self.kept = {}                                                      # per layer, see keep()

@@ -24,7 +24,7 @@ def sentence_numbers(tokens, flags):
     numbers = []
     for row in tokens.tolist():
         segmenter = Segmenter(flags, 0, MAX_SENTENCE)
-        numbers.append([segmenter.add(token) for token in row])
+        numbers.append(segmenter.extend(row))
     numbers = torch.tensor(numbers)
     return numbers - numbers[:, :1]
 
