@@ -111,7 +111,8 @@ class Segmenter:
     def _add(self, token):
         if token >= 0:
             new = self.flags[token] if token < len(self.flags) else b""
-            before, after = (raw.decode(errors="replace") for raw in (self.tail, new))
+            before = self.tail.decode(errors="replace")
+            after = new.decode(errors="replace")
             starts = starts_sentence(before, after)
             self.tail = new if starts else (self.tail + new)[-TAIL:]
             full = self.lengths[-1] == self.max_sentence
@@ -131,7 +132,8 @@ def importance(q, k, pool=1):
     q (Hq, N, d), k (H, T, d), T > N -> (T,) float32. Paper: no pooling. The authors' code takes
     the maximum over `pool` = 7 neighbors, except for the last N tokens.
     """
-    (Hq, N, d), (H, T, _) = q.shape, k.shape
+    Hq, N, d = q.shape
+    H, T, _ = k.shape
     q = q.reshape(H, -1, d) * d ** -0.5                               # (H, G * N, d)
     logits = (q @ k.transpose(1, 2)).float()                          # (H, G * N, T)
     logits = logits.view(Hq, N, T)
@@ -305,8 +307,9 @@ class HostPool:
         """Copy slot (B, H, n) of every row and head into out (B, H, n, 2, d), on the device."""
         self.finish_writes()
         B, C, H, _, d = self.kv.shape
-        row = torch.arange(B)[:, None, None] * C
-        index = (row + slot.cpu()) * H + torch.arange(H)[:, None]     # into (B * C * H, 2 * d)
+        row = torch.arange(B, device="cpu")[:, None, None] * C
+        head = torch.arange(H, device="cpu")[:, None]
+        index = (row + slot.cpu()) * H + head                         # into (B * C * H, 2 * d)
         # PyTorch reuses a pinned buffer only after it has been copied.
         buffer = out if self.stream is None else self.allocate(out.shape, out.dtype)
         source = self.kv.view(-1, 2 * d)
@@ -356,7 +359,7 @@ class Settings:
         need(self.keep is None or type(self.keep) in (int, float) and least <= self.keep < 1e9,
              f"keep must be None or a number of at least {least:g}, got {self.keep!r}")
         need(self.pool % 2 == 1, f"pool must be odd, got {self.pool}")
-        need(self.rank in RANKS, f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
+        need(self.rank in [*RANKS], f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
 
 class SentenceKV:
     """The cache, for a model that calls begin(tokens) per forward and attend() in every layer.
@@ -369,7 +372,9 @@ class SentenceKV:
     def __init__(self, flags, *, host_pool=HostPool, **settings):
         self.settings = Settings(**settings)
         self.rule = RANKS[self.settings.rank]
-        self.flags, self.host_pool = list(flags), host_pool
+        self.host_pool = host_pool
+        self.flags = list(flags)
+        need(all(type(raw) is bytes for raw in self.flags), "flags must be sentence_flags(...)")
         self.rows = []          # one Segmenter per row of the batch: token ids and sentence lengths
         self.length = 0         # tokens in the longest row
         self.ranked = 0         # how many of the best sentences select() considers
@@ -398,11 +403,10 @@ class SentenceKV:
         S = max(len(row.lengths) for row in self.rows)
         if S > self.room:
             self._grow(S + 64)
-        # query_mean (Eq. 2) restarts with every sentence and after every prompt: each query has an
-        # equal share in it.
+        # query_mean (Eq. 2) restarts with every sentence and after every prompt. Of how many queries
+        # is it the mean, and what is the share of the new one?
         queries = [min(row.lengths[-1], len(row.tokens) - row.prompt_end) for row in self.rows]
         share = [row.new / max(1, n) for row, n in zip(self.rows, queries)]
-        start = [[row.start] for row in self.rows]
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
         oldest = [[row.sentence[-s.recent:][0]] for row in self.rows]
         number = torch.arange(self.room, device=device)
@@ -413,7 +417,8 @@ class SentenceKV:
             near=near,                                                # (B, S)
             share=torch.tensor(share, dtype=torch.float32, device=device))     # (B,) of the query
         self.next_layer = 0
-        return torch.tensor(start, device=device) + torch.arange(T, device=device)
+        start = torch.tensor([[row.start] for row in self.rows], device=device)
+        return start + torch.arange(T, device=device)
 
     def _grow(self, room):
         """Make room for more sentences in every layer, and see how many can fill the budget."""
@@ -500,7 +505,8 @@ class SentenceKV:
                 stored = layer.pool.read(b)                           # (H, M - n, 2, d)
                 both = torch.cat((stored, kv[b, :, :row.new]), dim=1)
                 keys, values = both[None].unbind(3)                   # (1, H, M, d)
-                out[b, :, :row.new] = causal_attention(queries[None], keys, values)[0]
+                result = causal_attention(queries[None], keys, values)
+                out[b, :, :row.new] = result[0]
             if layer.observed is not None:
                 queries = torch.cat((layer.observed[b], queries), dim=1)
                 layer.observed[b] = queries[:, -self.settings.window:]
@@ -544,6 +550,7 @@ class SentenceKV:
             self._append(layer, b, kv, sentence, 0, row.first)
 
     def _check_tokens(self, tokens):
+        need(torch.is_tensor(tokens), f"tokens must be a tensor, got {type(tokens).__name__}")
         need(tokens.dtype in (torch.int64, torch.int32) and tokens.ndim == 2 and tokens.numel() > 0,
              f"tokens must be int64 (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
         need(self.next_layer == len(self.layers) and bool(self.rows) == bool(self.layers),
@@ -561,10 +568,12 @@ class SentenceKV:
         first_forward = not any(row.start for row in self.rows)
         need(first_forward or index < len(self.layers),
              f"an earlier forward was interrupted before layer {index}: use a new cache")
-        (B, T), like = self.step.sentence.shape, k if self.attended is None else self.attended
-        H, d, queries = like.shape[1], like.shape[-1], q.shape[1]
+        B, T = self.step.sentence.shape
+        like = k if self.attended is None else self.attended
+        H, d = like.shape[1], like.shape[-1]
         fits = k.shape == v.shape == (B, H, T, d) and k.dtype == like.dtype
-        need(fits and q.shape == (B, queries, T, d) and queries % H == 0,
+        fits = fits and q.shape == (B, q.shape[1], T, d) and q.shape[1] % H == 0
+        need(fits,
              f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} x {T} tokens, with the "
              f"H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]} of {k.dtype}")
 
@@ -581,5 +590,5 @@ class SentenceKV:
         """Bytes of all tensors: {"device": ..., "host": ...}."""
         parts = [vars(part) for part in (self, self.step, *self.layers) if part]
         tensors = [x for part in parts for x in part.values() if torch.is_tensor(x)]
-        return {"device": sum(x.nbytes for x in tensors),
-                "host": sum(layer.pool.kv.nbytes for layer in self.layers)}
+        host = sum(layer.pool.kv.nbytes for layer in self.layers)
+        return {"device": sum(x.nbytes for x in tensors), "host": host}

@@ -384,7 +384,7 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
         feed.cache.begin(torch.tensor([[1, 1], [-1, -1]]))
     feed.push(feed.tokens(20))
     for tokens, message in [
-            (torch.ones(3, 1, dtype=torch.long), "holds 2 rows, got tokens for 3"),
+            ([[1], [1]], "got list"), (torch.ones(3, 1, dtype=torch.long), "holds 2 rows, got tokens for 3"),
             (torch.tensor([[1, 1], [-1, 1]]), "-1 is padding"),
             (torch.tensor([[1, 1], [1, -2]]), "-1 is padding"),
             (torch.ones(2, 0, dtype=torch.long), "int64"),
@@ -412,11 +412,12 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
     (dict(keep=float("nan")), "keep must be"), (dict(keep="2"), "keep must be"),
     (dict(pool=4), "pool must be odd, got 4"),
     (dict(rank="best"), f"rank must be one of {', '.join(RANKS)}, got 'best'"),
+    (dict(rank=["ball"]), "rank must be"), (dict(flags=[b".", None]), "flags must be sentence_flags"),
     (dict(budget=64, recent=32, max_sentence=29), "must be an int from 1 to 28"),
     (dict(max_sentence=0), "max_sentence must"), (dict(max_sentence=3.0), "max_sentence must")])
 def test_impossible_settings_say_what_to_change(wrong, message):
     with pytest.raises(ValueError, match=message):
-        SentenceKV(TOY_FLAGS, **wrong)
+        SentenceKV(**{"flags": TOY_FLAGS, **wrong})
 
 def test_the_papers_settings_are_one_preset():
     assert PAPER == dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7,

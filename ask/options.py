@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from model import check_settings
-from sentencekv import PAPER, RANKS, SentenceKV, Settings, need
+from sentencekv import PAPER, RANKS, Settings, need
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 CACHE_SETTINGS = ("budget", "keep", "sink", "recent", "window", "pool", "rank")
@@ -85,7 +85,7 @@ def check(args):
     if args.load_cache:
         check_load(args)
     else:
-        SentenceKV([0], **cache_settings(args))
+        Settings(**cache_settings(args))
     if args.save_cache:
         check_target("--save-cache", args.save_cache)
     if args.page:
