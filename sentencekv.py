@@ -166,7 +166,8 @@ class Mean:
         return total / n
     def score(q, query_mean, vectors, candidates):
         query = query_mean.mean(2, keepdim=True)                      # (B, H, 1, d)
-        query = (query * q.shape[-1] ** -0.5).to(vectors.dtype)
+        query = query * q.shape[-1] ** -0.5
+        query = query.to(vectors.dtype)
         scores = query @ vectors.transpose(2, 3)                      # (B, H, 1, S)
         return scores.squeeze(2)
 
@@ -187,7 +188,8 @@ class Ball:
         radius = variance.clamp(min=0).sqrt()
         return torch.cat((mean, radius), dim=-1)
     def score(q, query_mean, vectors, candidates):
-        x = (q + query_mean) / 2 * q.shape[-1] ** -0.5                # (B, H, G, d)
+        x = (q + query_mean) / 2                                      # (B, H, G, d)
+        x = x * q.shape[-1] ** -0.5
         center = F.pad(x, (0, 1))                                     # (x, 0) . (m, r)
         length = x.norm(dim=-1, keepdim=True)
         edge = torch.cat((x, length), dim=-1)                         # (x, |x|) . (m, r)
@@ -278,7 +280,8 @@ class HostPool:
     def __init__(self, B, H, d, dtype, device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.kv = self.allocate((B, 16, H, 2, d), dtype).zero_()      # (B, C, H, 2, d)
+        self.kv = self.allocate((B, 16, H, 2, d), dtype)              # (B, C, H, 2, d)
+        self.kv.zero_()
         self.used = [0] * B                                           # slots that each row uses
 
     def allocate(self, shape, dtype):
@@ -403,8 +406,8 @@ class SentenceKV:
         S = max(len(row.lengths) for row in self.rows)
         if S > self.room:
             self._grow(S + 64)
-        # query_mean (Eq. 2) restarts with every sentence and after every prompt. Of how many queries
-        # is it the mean, and what is the share of the new one?
+        # query_mean (Eq. 2) restarts with every sentence and after every prompt. The share of a new
+        # query in it is 1 / (number of queries so far).
         queries = [min(row.lengths[-1], len(row.tokens) - row.prompt_end) for row in self.rows]
         share = [row.new / max(1, n) for row, n in zip(self.rows, queries)]
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
@@ -573,8 +576,7 @@ class SentenceKV:
         H, d = like.shape[1], like.shape[-1]
         fits = k.shape == v.shape == (B, H, T, d) and k.dtype == like.dtype
         fits = fits and q.shape == (B, q.shape[1], T, d) and q.shape[1] % H == 0
-        need(fits,
-             f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} x {T} tokens, with the "
+        need(fits, f"q must be (B, Hq, T, d), k and v (B, H, T, d) for {B} x {T} tokens, with the "
              f"H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]} of {k.dtype}")
 
     def fetched(self):
