@@ -9,7 +9,7 @@ from model import check_settings
 from sentencekv import PAPER, RANKS, Settings, need
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
-CACHE_SETTINGS = ("budget", "keep", "sink", "recent", "window", "pool", "rank")
+CACHE_SETTINGS = ("budget", "keep", "sink", "recent", "window", "max_pool", "rank")
 
 def parse(argv=None):
     """The command line as a namespace of argparse."""
@@ -47,7 +47,7 @@ def add_cache_options(add):
     add("--recent", type=int, help=f"last tokens, always attended to (default {default.recent})")
     add("--window", type=int,
         help=f"last queries, which decide what --keep keeps (default {default.window})")
-    add("--pool", type=int, help="width of the max-pool over that decision (default 1: none)")
+    add("--max-pool", type=int, help="width of the max-pool over that decision (default 1: none)")
     add("--rank", choices=RANKS,
         help=f"rule that ranks sentences (default {default.rank}; paper: {PAPER['rank']})")
     paper = ", ".join(f"{name} {value}" for name, value in PAPER.items())

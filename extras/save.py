@@ -4,7 +4,7 @@ The file has the layout of safetensors, so any reader of that format can look in
 
     tokens (B, T)             the text; -1 after the end of a shorter row
     prompt_end (B,)           number of tokens when the last prompt of the row ended
-    ranked (1,)               how many of the best sentences select() considers
+    top (1,)                  how many of the best sentences select() considers
     flags (bytes,)            sentence_flags(), as JSON
     layer.<l>.kv              (B, slots, H, 2, d), the host pool
     layer.<l>.count, ...      every tensor of the layer, see SentenceKV._new_layer()
@@ -111,7 +111,7 @@ def entries(cache):
     length = cache.length
     rows = [row.tokens + [-1] * (length - len(row.tokens)) for row in cache.rows]
     found = [entry("tokens", torch.tensor(rows)), entry("prompt_end", torch.tensor([row.prompt_end for row in cache.rows])),
-             entry("ranked", torch.tensor([cache.ranked])),
+             entry("top", torch.tensor([cache.top])),
              entry("flags", pack_flags(cache.flags))]
     for l, layer in enumerate(cache.layers):
         pool = layer.pool
@@ -237,9 +237,9 @@ def assemble(tensors, settings, model, host_pool):
     used = {tuple(layer.pool.used) for layer in cache.layers}
     observed = {layer.observed is None for layer in cache.layers}
     need(len(used) == len(observed) == 1, "the layers do not fit together")
-    cache.ranked = int(expect(tensors, "ranked", torch.int64, (1,)))
+    cache.top = int(expect(tensors, "top", torch.int64, (1,)))
     enough = max(enough_sentences(row.lengths, cache.settings.budget) for row in cache.rows)
-    need(enough <= cache.ranked <= cache.room, "ranked is wrong")
+    need(enough <= cache.top <= cache.room, "top is wrong")
     tensors.pop("sha256", None)
     need(not tensors, f"{[*tensors][:1]} is unexpected")
     cache.next_layer = len(cache.layers)

@@ -88,15 +88,15 @@ def test_a_text_without_a_question_is_continued(tmp_path, capsys):
 
 def test_every_setting_reaches_the_cache_and_the_models_generation(file, tiny, monkeypatch):
     given = ["--budget", "100", "--keep", "2", "--sink", "8", "--recent", "16", "--window", "9",
-             "--pool", "3", "--rank", "mean"]
+             "--max-pool", "3", "--rank", "mean"]
     args = options.parse(["--prompt-file", file, *given])
     model, tokenizer, _ = tiny
     talks = cli.make_conversations(args, model, tokenizer, torch.device("cpu"), compare=False)
     s = talks["SentenceKV"].cache.settings
-    assert (s.budget, s.keep, s.sink, s.recent, s.window, s.pool, s.rank) == (
+    assert (s.budget, s.keep, s.sink, s.recent, s.window, s.max_pool, s.rank) == (
         100, 2, 8, 16, 9, 3, "mean")
     paper = options.cache_settings(options.parse(["--paper", "--budget", "99"]))
-    assert (paper["keep"], paper["pool"], paper["budget"]) == (2, 7, 99)
+    assert (paper["keep"], paper["max_pool"], paper["budget"]) == (2, 7, 99)
     assert options.cache_settings(options.parse([])) == {"budget": 256}
     assert options.cache_settings(options.parse(["--sink", "0"])) == {"budget": 256, "sink": 0}
     assert options.cache_settings(options.parse(["--prompt-file", file])) == {}

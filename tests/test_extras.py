@@ -641,7 +641,7 @@ def add(t, index, value):
 def flags_as(value):
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
-MISSING = ("tokens", "prompt_end", "ranked", "flags", "sha256", "layer.0.kv", "layer.1.count",
+MISSING = ("tokens", "prompt_end", "top", "flags", "sha256", "layer.0.kv", "layer.1.count",
            "layer.0.vectors", "layer.1.open", "layer.0.query_mean")
 LIES = {
     **{f"{name} missing": tensor(name, lambda t: None) for name in MISSING},
@@ -673,8 +673,8 @@ LIES = {
     "flags of another dtype": tensor("flags", lambda t: t.long()),
     "prompt_end negative": tensor("prompt_end", lambda t: t - 100),
     "prompt_end beyond": tensor("prompt_end", lambda t: t + 100),
-    "ranked small": tensor("ranked", lambda t: t - t),
-    "ranked large": tensor("ranked", lambda t: t + 10 ** 6),
+    "top small": tensor("top", lambda t: t - t),
+    "top large": tensor("top", lambda t: t + 10 ** 6),
     "kv shorter": tensor("layer.1.kv", lambda t: t[:, :-1]),
     "kv longer": tensor("layer.1.kv", lambda t: torch.cat((t, t), dim=1)),
     "kv of another dtype": tensor("layer.0.kv", lambda t: t.float()),

@@ -180,7 +180,8 @@ def checkpoint(options):
     model, tokenizer = load(options.checkpoint, "cuda", torch.bfloat16)
     n = min(SIZES.short, model.config.max_position_embeddings) - 256
     flags, tokens = sentence_flags(tokenizer.token_bytes), prompt(tokenizer, n).cuda()
-    steps = all_steps(options.checkpoint, model, tokens, flags, SIZES.budget)
+    found = all_steps(options.checkpoint, model, tokens, flags, SIZES.budget)
+    steps = {name: step for name, (step, _) in found.items()}
     ms, peaks = {}, {}
     for name, step in steps.items():
         torch.cuda.reset_peak_memory_stats()
