@@ -351,8 +351,8 @@ class Settings:
     def __post_init__(self):
         for name in ("budget", "sink", "recent", "window", "max_pool"):
             value, least = getattr(self, name), int(name != "sink")
-            need(type(value) is int and value >= least,
-                 f"{name} must be an int of at least {least}, got {value!r}")
+            need(type(value) is int and least <= value <= 2 ** 20,
+                 f"{name} must be an int from {least} to {2 ** 20}, got {value!r:.60}")
         rest = self.budget - self.sink - self.recent
         need(rest > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - rest}")
         if self.max_sentence is None:

@@ -405,7 +405,7 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(budget=48, sink=32, recent=16), r"budget 48 must exceed sink \+ recent = 48"),
-    (dict(budget=64.0), "budget must be an int of at least 1, got 64.0"),
+    (dict(budget=64.0), "budget must be an int from 1 to 1048576, got 64.0"), (dict(budget=1 << 21), "budget"),
     (dict(sink=-1), "sink must be"), (dict(recent=0), "recent must be"),
     (dict(window=0), "window must be"), (dict(keep=1, window=2000), "at least 1.95312, got 1"),
     (dict(keep=0.5), "keep must be None or a number of at least 1, got 0.5"),
