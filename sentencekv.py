@@ -262,6 +262,8 @@ def causal_attention(q, k, v, chunk=512):
     q (B, Hq, T, d), k, v (B, H, M, d): the queries belong to the last T of the M tokens. Returns
     (B, Hq, T, d). Processes `chunk` queries at a time, to avoid a (T, M) matrix.
     """
+    if q.shape[2] == 1:
+        return grouped_attention(q, k, v)                             # faster
     out, visible = [], k.shape[2] - q.shape[2]
     for part in q.split(chunk, dim=2):
         visible += part.shape[2]                                      # keys its last query sees

@@ -5,7 +5,6 @@ import stat
 import tempfile
 from pathlib import Path
 
-from model import check_settings
 from sentencekv import PAPER, RANKS, Settings, need
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
@@ -79,7 +78,10 @@ def check(args):
     """Raise ValueError or OSError for arguments that cannot work, before any long work."""
     need(args.max_new_tokens >= 1, f"--max-new-tokens must be >= 1, got {args.max_new_tokens}")
     need(args.show >= 0, f"--show must be >= 0, got {args.show}")
-    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.chunk)
+    need(0 <= args.temperature < 1e12, f"--temperature must be >= 0, got {args.temperature}")
+    need(1e-12 < args.top_p <= 1, f"--top-p must be above 0, at most 1, got {args.top_p}")
+    need(0 <= args.seed < 2**63, f"--seed must be 0 to 2**63 - 1, got {args.seed}")
+    need(args.chunk is None or args.chunk > 2, f"--chunk must be >= 3, got {args.chunk}")
     for question in args.ask:
         need(is_text(question), "--ask must be valid UTF-8")
     if args.load_cache:

@@ -24,12 +24,12 @@ from types import SimpleNamespace
 import torch
 
 from extras.branch import BranchPool, check_complete
-from model import SAFETENSORS, blame, parse_json, read_safetensors
+from model import DTYPES as WEIGHTS, blame, read_safetensors
 from sentencekv import (
     HostPool, Segmenter, SentenceKV, enough_sentences, need, sentence_flags)
 
 FORMAT = "sentencekv cache 4"
-DTYPES = {"I64": torch.int64, "F64": torch.float64, **SAFETENSORS, "U8": torch.uint8}
+DTYPES = {"I64": torch.int64, "F64": torch.float64, **WEIGHTS, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # ------------------------------------------------------------------------------------- save
@@ -195,15 +195,15 @@ def load(path, model, host_pool=HostPool):
         raise FileNotFoundError(f"{path}: no such file")
     need(path.is_file(), f"{path} is not a regular file")
     check_sum(path)
-    tensors = read_safetensors(path, DTYPES)
     with blame(path):
+        tensors = read_safetensors(path, DTYPES)
         with open(path, "rb") as file:
-            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         about = header.get("__metadata__", {})
         need(about.get("format") == FORMAT, f"is no saved cache of this version ({FORMAT})")
         need(about.get("model") == fingerprint(model),
              "was saved with another model, other weights or another dtype")
-        settings = parse_json(about["settings"].encode())
+        settings = json.loads(about["settings"])
         return assemble(tensors, settings, model, host_pool)
 
 def check_sum(path):

@@ -14,7 +14,7 @@ from experiments.speed.gpu_correct import (checkpoint_tokens, fetched, graph_tok
 from experiments.speed.parts import Parts, parts_of
 from experiments.svg import short
 from extras.zero_copy import best_pool, works
-from model import available_memory
+from extras.check_memory import available_memory
 from sentencekv import RANKS, SentenceKV, sentence_flags
 
 def bandwidth(options):
