@@ -79,9 +79,8 @@ def rope_frequencies(c):
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + d/2]) of x (B, H, T, d). cos and sin (B, 1, T, d/2)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)                         # under autocast, x is less
     a, b = x.chunk(2, dim=-1)                                           # (B, H, T, d/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)    # (B, H, T, d)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)    # (B, H, T, d)
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -238,10 +237,7 @@ def sample(logits, temperature=0.0, top_p=1.0, rng=None):
     return ids.gather(-1, torch.multinomial(p, 1, generator=rng)).squeeze(-1)   # (B,)
 
 class DenseKV:
-    """Keeps all keys and values on the device, per layer (B, H, capacity, d): the yardstick.
-
-    With gradients, use a new cache in every forward: later ones write in place.
-    """
+    """All keys and values on the device, (B, H, capacity, d) per layer. Writes to them in place."""
     def __init__(self):
         self.keys, self.values, self.lengths, self.next_layer = [], [], [], 0
 
@@ -292,12 +288,13 @@ class DenseKV:
         self.lengths, self.next_layer = wanted, len(self.keys)
 
     def memory(self):
-        return {"device": sum(t.nbytes for t in self.keys + self.values), "host": 0}
+        return {"device": sum(x.nbytes for x in self.keys + self.values), "host": 0}
 
 # ---------------------------------------------------------------------------------- the loader
 SUPPORTED = {"model_type": ["llama", "mistral"], "hidden_act": [None, "silu"],
              "attention_bias": [None, False], "mlp_bias": [None, False],
              "partial_rotary_factor": [None, 1], "quantization_config": [None]}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def huggingface_config(j):
     """config.json -> Config. ValueError for everything that this model does not compute."""
@@ -312,8 +309,6 @@ def huggingface_config(j):
     scaling = None if scaling == {"rope_type": "default"} else scaling
     j = {**j, "rope_scaling": scaling, "rope_theta": theta}
     return Config(**{name: j[name] for name in Config.__annotations__ if name in j})
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def read_safetensors(file, dtypes=DTYPES):
     """The tensors of a file, {name: tensor}, memory-mapped.
