@@ -51,6 +51,7 @@ def read_text(args):
         except UnicodeDecodeError as error:
             raise ValueError(f"{args.prompt_file} is not UTF-8 text: {error}") from None
         need(text, f"{args.prompt_file} is empty")
+        need(is_text(text), f"{args.prompt_file} is not a text: it contains NUL characters")
         return text, questions
     text, facts = story(4000, facts=8, seed=args.seed)
     if not questions and not args.chat:
@@ -110,8 +111,9 @@ def run(args):
     has_task = questions or args.chat or args.save_cache
     turns = choose_turns(args, tokenizer, loaded) if has_task else PlainTurns(tokenizer)
     ids = turns.text(text) if loaded is None else loaded
+    check_ids(ids, model)                                   # an error now is better than later
     for question, _ in questions:
-        turns.question(question, True, None)                # an error now is better than later
+        check_ids(turns.question(question, True, None), model)
     print_setup(model, len(ids), text or plain_text(tokenizer, ids[:99]))
     if not has_task:
         continue_text(talks, ids, turns)
@@ -135,6 +137,12 @@ def run(args):
     finally:                                                # whatever ends the conversation
         save_page(args.page, talks)
     return status
+
+def check_ids(ids, model):
+    """ValueError if the tokenizer gives ids that the model does not have."""
+    largest, V = max(ids, default=0), model.config.vocab_size
+    need(largest < V, f"the tokenizer does not fit the model: it gives the id {largest}, the "
+         f"model has {V} ids")
 
 def ask(talks, turns, question, go_on=False):
     """Print the answers of all conversations.
@@ -163,8 +171,8 @@ def chat(talks, turns, show):
             print_fetched(talks["SentenceKV"], show, legend=True)
             continue
         try:
-            need(is_text(question), "it is not valid UTF-8")
-            turns.question(question, True, None)
+            need(is_text(question), "it is not valid UTF-8 text")
+            check_ids(turns.question(question, True, None), talks["SentenceKV"].model)
         except ValueError as error:
             print(f"note: this line was skipped: {first_line(error)}", flush=True)
             continue
@@ -176,7 +184,10 @@ def chat(talks, turns, show):
 def read_line(prompt):
     """A line of standard input; "" at its end."""
     print(prompt, end="", flush=True)
-    return "" if sys.stdin is None else sys.stdin.readline()
+    try:
+        return "" if sys.stdin is None else sys.stdin.readline()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard input") from None
 
 def continue_text(talks, ids, turns):
     """Print what the model generates after the text."""
@@ -195,7 +206,7 @@ def save_cache(path, talk):
     try:
         save(talk.cache, path, talk.model)
     except OSError as error:
-        print(f"error: the cache was not saved: {first_line(error)}", file=sys.stderr)
+        complain(f"error: the cache was not saved: {first_line(error)}")
         return 2
     print(f"saved to {path}", flush=True)
     return 0
@@ -234,8 +245,15 @@ def flush_output():
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+def complain(line):
+    """Print a line to standard error. If that is impossible, the run goes on without it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = None                                   # Python would try again at exit
+
 def print_warning(message, *_, **__):
-    print(f"warning: {message}", file=sys.stderr)
+    complain(f"warning: {message}")
 
 def main(argv=None):
     """Run the command line; return its exit status.
@@ -254,10 +272,10 @@ def main(argv=None):
     except BrokenPipeError:
         return 141
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        complain("\ninterrupted")
         return 130
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        complain(f"error: {first_line(error)}")
         return 2
     finally:
         flush_output()

@@ -83,11 +83,12 @@ def check(args):
     need(0 <= args.seed < 2**63, f"--seed must be 0 to 2**63 - 1, got {args.seed}")
     need(args.chunk is None or args.chunk > 2, f"--chunk must be >= 3, got {args.chunk}")
     for question in args.ask:
-        need(is_text(question), "--ask must be valid UTF-8")
+        need(is_text(question), "--ask must be valid UTF-8 text")
     if args.load_cache:
         check_load(args)
     else:
         Settings(**cache_settings(args))
+    check_distinct(args)
     if args.save_cache:
         check_target("--save-cache", args.save_cache)
     if args.page:
@@ -104,6 +105,21 @@ def check_load(args):
     need(args.ask or args.chat, "--load-cache needs a question: use --ask or --chat")
     mode = os.stat(args.load_cache).st_mode
     need(stat.S_ISREG(mode), f"--load-cache {args.load_cache} is not a regular file")
+
+def check_distinct(args):
+    """ValueError if a file would be written twice, or be written over what is read.
+
+    A loaded cache can be saved over itself: it is the same text.
+    """
+    reads = [("--prompt-file", args.prompt_file)]
+    if args.page:
+        reads.append(("--load-cache", args.load_cache))
+    writes = [("--save-cache", args.save_cache), ("--page", args.page)]
+    seen = {}
+    for option, path in reads + writes:
+        if path is not None:
+            other = seen.setdefault(os.path.realpath(path), option)
+            need(other == option, f"{other} and {option} are the same file, {path}")
 
 def check_target(option, path):
     """Raise if a file cannot be written. Links are followed; only plain files are replaced."""
@@ -124,5 +140,5 @@ def is_tiny(args):
     return args.model.resolve() == TINY
 
 def is_text(text):
-    """False for what Python makes of bytes that are not UTF-8: lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    """False for what no text contains: NUL, and what Python makes of bytes that are not UTF-8."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)

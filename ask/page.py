@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ask.watch import MeasuredKV, whole_sentences
+from extras.save import replacing
 from model import DenseKV
 from sentencekv import need
 
@@ -47,7 +48,8 @@ def write_page(path, talk, dense=None):
         page = fill_template(parts)
         if len(page) <= LIMIT:
             break
-    Path(path).write_bytes(page)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(page)
     return len(page)
 
 # --------------------------------------------------------------------------- what is always shown
@@ -150,7 +152,8 @@ class Record:
                       if len(step.sentence) == layers]
         mass = None
         if dense is not None and self.steps:
-            owner = torch.arange(self.S).repeat_interleave(torch.tensor(row.lengths))
+            lengths = torch.tensor(row.lengths, device="cpu")
+            owner = torch.arange(self.S, device="cpu").repeat_interleave(lengths)
             mass = dense_mass(talk, dense, owner, [step.position for step in self.steps])
         self.columns = {}
         before = False
@@ -237,7 +240,7 @@ def dense_mass(talk, dense, owner, positions):
         cache.truncate(known)
     else:
         cache = DenseKV()
-    cache = MeasuredKV.measure(cache, owner, torch.tensor(positions))
+    cache = MeasuredKV.measure(cache, owner, torch.tensor(positions, device="cpu"))
     talk.model.prefill(talk.tensor(tokens[known:]), cache, talk.args.chunk)
     return cache.mass
 

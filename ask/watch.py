@@ -101,7 +101,7 @@ class WatchedKV(SentenceKV):
         while tokens < self.settings.recent and oldest > 0:
             oldest -= 1
             tokens += lengths[oldest]
-        near = torch.arange(S) >= oldest
+        near = torch.arange(S, device="cpu") >= oldest
         near[0] = True
         return near
 
@@ -161,7 +161,7 @@ def whole_sentences(cache):
     for token, number in zip(row.tokens, numbers):
         ids[number].append(token)
     starts = [0, *accumulate(row.lengths)][:-1]
-    return torch.tensor([numbers[start] for start in starts]), ids
+    return torch.tensor([numbers[start] for start in starts], device="cpu"), ids
 
 def most_attended(cache, end=None):
     """The sentences that a WatchedKV fetched in its recorded steps: a list of Fetched.
@@ -171,7 +171,7 @@ def most_attended(cache, end=None):
     """
     owner, ids = whole_sentences(cache)
     W, fetches = len(ids), 0
-    count, largest = torch.zeros(W), torch.zeros(W)
+    count, largest = torch.zeros(2, W, device="cpu")
     for step in cache.steps:
         for sentence, taken, near, attention in zip(
                 step.sentence, step.taken, step.near, step.attention):
@@ -179,8 +179,9 @@ def most_attended(cache, end=None):
             fetches += H
             chosen = ((taken > 0) & ~near).float()                              # (H, k)
             whole = owner[sentence.clamp(max=len(owner) - 1)]                   # (H, k)
-            pieces = torch.zeros(H, W).scatter_add_(1, whole, chosen)
-            total = torch.zeros(H, W).scatter_add_(1, whole, chosen * attention)
+            pieces, total = torch.zeros(2, H, W, device="cpu")
+            pieces.scatter_add_(1, whole, chosen)
+            total.scatter_add_(1, whole, chosen * attention)
             count += (pieces > 0).sum(0)
             largest = largest.maximum(total.amax(0))
     order = largest.argsort(descending=True, stable=True).tolist()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from sentencekv import Segmenter, need
+from sentencekv import Segmenter, SentenceKV, need
 
 # --------------------------------------------------------------------------------- the pool
 
@@ -113,9 +113,13 @@ def fork(cache):
 
 def check_complete(cache, what):
     """ValueError unless the cache holds a text, and its last forward was complete."""
+    check_kind(cache, what)
     need(cache.layers, f"{what} needs a cache that holds a prompt: this one is empty")
     need(cache.next_layer == len(cache.layers), f"{what} needs a cache whose last forward was "
          "complete: truncate this one, or use a new one")
+
+def check_kind(cache, what):
+    need(isinstance(cache, SentenceKV), f"{what} needs a SentenceKV, got {type(cache).__name__}")
 
 def copy_row(row):
     """A copy of a Segmenter that shares its flags."""
@@ -143,6 +147,7 @@ def truncate(cache, lengths):
     is interrupted itself, the last sentence may be lost. Raises ValueError for lengths that are
     impossible, or below a prompt that keep=r has pruned.
     """
+    check_kind(cache, "truncate()")
     need(cache.layers, "truncate() needs a cache that holds a prompt: use a new cache")
     held = [len(row.tokens) for row in cache.rows]
     wanted = list(lengths) if isinstance(lengths, (list, tuple)) else [lengths] * len(held)

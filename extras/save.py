@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,16 @@ def save(cache, path, model):
     """
     check_complete(cache, "save()")
     check_fits(cache, model)
+    with replacing(path) as unfinished:
+        write(unfinished, entries(cache), metadata(cache, model))
+
+@contextmanager
+def replacing(path):
+    """The name of a file to write, in the folder of `path`. At the end it becomes `path`.
+
+    After an error, nothing is left behind. Raises ValueError if there is something at `path` that
+    is not a regular file; an OSError names `path`.
+    """
     path = Path(path)
     target = Path(os.path.realpath(path))           # a link stays one
     need(target.is_file() or not target.exists(), f"{path} is not a regular file")
@@ -49,7 +60,7 @@ def save(cache, path, model):
         raise FileNotFoundError(f"{target.parent}: no such folder")
     unfinished = Path(f"{target}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
-        write(unfinished, entries(cache), metadata(cache, model))
+        yield unfinished
         if target.exists():
             shutil.copymode(target, unfinished)
         os.replace(unfinished, target)
@@ -70,7 +81,7 @@ def check_fits(cache, model):
     shape = (len(cache.rows), c.num_key_value_heads, G, c.head_dim)
     for layer in cache.layers:
         need(layer.query_mean.shape == shape and layer.pool.kv.dtype == weight.dtype,
-             "this cache was computed by another model")
+             "this cache was computed by another model, or under torch.autocast")
         check_counts(cache, layer.count.tolist(), layer.pool.used, pruned=layer.observed is None)
 
 def check_counts(cache, counts, used, pruned):
@@ -110,9 +121,10 @@ def entries(cache):
 
     length = cache.length
     rows = [row.tokens + [-1] * (length - len(row.tokens)) for row in cache.rows]
-    found = [entry("tokens", torch.tensor(rows)), entry("prompt_end", torch.tensor([row.prompt_end for row in cache.rows])),
-             entry("top", torch.tensor([cache.top])),
-             entry("flags", pack_flags(cache.flags))]
+    numbers = {"tokens": rows, "prompt_end": [row.prompt_end for row in cache.rows],
+               "top": [cache.top]}
+    found = [entry(name, torch.tensor(x, device="cpu")) for name, x in numbers.items()]
+    found.append(entry("flags", pack_flags(cache.flags)))
     for l, layer in enumerate(cache.layers):
         pool = layer.pool
         B, _, *shape = pool.kv.shape

@@ -464,7 +464,7 @@ def test_unknown_bytes_in_a_conversation_cost_their_line_alone(file, capsys, mon
     feed(monkeypatch, b"\xef\xbb\xbfcaf\xe9?\n\xef\xbb\xbf" + QUESTION.encode() + b"\r\n")
     assert cli.main(["--prompt-file", file, "--chat", *CPU]) == 0
     out = capsys.readouterr().out
-    assert "note: this line was skipped: it is not valid UTF-8\n" in out
+    assert "note: this line was skipped: it is not valid UTF-8 text\n" in out
     assert f"\n{QUESTION.strip()}\n" in out and ANSWER.strip() + "   [" in out
 
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
