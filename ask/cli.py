@@ -277,5 +277,10 @@ def main(argv=None):
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         complain(f"error: {first_line(error)}")
         return 2
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):       # PyTorch's words on the CPU
+            raise
+        complain("error: not enough memory: shorten the text, or set a smaller --budget or --chunk")
+        return 2
     finally:
         flush_output()

@@ -20,7 +20,6 @@ import shutil
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 

@@ -67,13 +67,6 @@ def changed(set_value, value, before):
     finally:
         set_value(before)
 
-@contextmanager
-def removed_folder():
-    folder = tempfile.mkdtemp()
-    with changed(os.chdir, folder, os.getcwd()):
-        os.rmdir(folder)
-        yield
-
 SETTINGS = {
     "no change": nullcontext,
     "float64": lambda: changed(torch.set_default_dtype, torch.float64, torch.float32),
@@ -82,7 +75,7 @@ SETTINGS = {
     "gradients": torch.enable_grad,
     "deterministic": lambda: changed(torch.use_deterministic_algorithms, True, False),
     "one thread": lambda: changed(torch.set_num_threads, 1, torch.get_num_threads()),
-    "no working directory": removed_folder,
+    "another folder": lambda: changed(os.chdir, tempfile.gettempdir(), os.getcwd()),
 }
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,6 +186,11 @@ def test_a_broken_standard_error_changes_nothing_else(broken, file, monkeypatch,
         monkeypatch.setattr(sys, "stderr", open(os.dup(writer), "w", encoding="utf-8"))
         assert cli.main(["--prompt-file", file, *arguments, *CPU]) == status
         assert (ANSWER in capsys.readouterr().out) is (status == 0)
+
+def test_memory_that_cannot_be_had_is_one_line(file, monkeypatch, capsys):
+    monkeypatch.setattr(Llama, "prefill", lambda *args: torch.empty(1 << 50))
+    assert cli.main(["--prompt-file", file, "--ask", "Who?", *CPU]) == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory: ")
 
 def test_a_standard_input_that_cannot_be_read_is_named(file, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", open(os.open("/dev/null", os.O_WRONLY), encoding="utf-8"))
