@@ -362,19 +362,25 @@ class Settings:
         need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
              f"max_sentence must be an int from 1 to {rest} (budget - sink - recent), "
              f"got {self.max_sentence!r}")
-        least = max(1, self.window / self.budget)       # what is near, and the window, are kept
-        need(self.keep is None or type(self.keep) in (int, float) and least <= self.keep < 1e9,
-             f"keep must be None or a number of at least {least:g}, got {self.keep!r}")
+        if self.keep is not None:
+            need(type(self.keep) in (int, float) and 1 <= self.keep < 1e9,
+                 f"keep must be None or a number of at least 1, got {self.keep!r}")
+            need(self.window <= int(self.keep * self.budget), "window must be <= keep * budget")
         need(self.max_pool % 2 == 1, f"max_pool must be odd, got {self.max_pool}")
         need(self.rank in [*RANKS], f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
 
 SPARE = 64      # sentences that can begin before the layers have to grow
 
+def eager(function):
+    """Decorator: no gradients, no torch.compile, and tensors that can be updated later."""
+    function = torch.inference_mode(False)(torch.no_grad()(function))
+    return torch.compiler.disable(function)
+
 class SentenceKV:
     """The cache, for a model that calls begin(tokens) per forward and attend() in every layer.
 
-    flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: HostPool, or a class with
-    its methods. T > 1 tokens are a prompt, a chunk of it, or a follow-up: they attend to all that
+    flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: HostPool, or a class like
+    it. T > 1 tokens are a prompt, a chunk of it, or a follow-up: they attend to all that
     is stored. T = 1 is a decode step. keep=r drops tokens once, at the first decode step.
     """
 
@@ -393,8 +399,7 @@ class SentenceKV:
         self.attended = None    # overwritten by every layer
         self.next_layer = 0     # None while begin() or attend() runs, and if one was interrupted
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @eager
     def begin(self, tokens):
         """Register the next tokens (B, T), int64; return their positions (B, T).
 
@@ -406,7 +411,7 @@ class SentenceKV:
         s, device = self.settings, tokens.device
         if not self.rows:
             self.rows = [Segmenter(self.flags, s.sink, s.max_sentence) for _ in range(B)]
-        self.next_layer = None      # stays None if this forward fails: the next begin() raises
+        self.next_layer = None      # stays None if begin() is interrupted: the next one raises
         sentence = [row.extend(ids) for row, ids in zip(self.rows, tokens.tolist())]
         self.length = max(len(row.tokens) for row in self.rows)
         most = max(len(row.lengths) for row in self.rows)
@@ -436,13 +441,15 @@ class SentenceKV:
             layer.count = F.pad(layer.count, (0, missing))
             layer.vectors = F.pad(layer.vectors, (0, 0, 0, missing))
         budget = self.settings.budget
-        enough = max(enough_sentences(row.lengths, budget) for row in self.rows)
-        # SPARE sentences can begin before the next call. keep=r may leave one token of each.
-        self.top = min(budget if self.settings.keep else enough + SPARE, room)
+        # Any `top` sentences fill the budget. Before the next call, all that have room may begin.
+        enough = [enough_sentences(row.lengths, budget) + room - len(row.lengths)
+                  for row in self.rows]
+        if self.settings.keep:
+            enough = [budget]                       # keep=r may leave one token of each
+        self.top = min(room, budget, max(enough))
         self.room = room
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @eager
     def attend(self, index, q, k, v):
         """Store k, v (B, H, T, d); return the output of attention for q, (B, Hq, T, d).
 
@@ -563,7 +570,7 @@ class SentenceKV:
         need(tokens.dtype in (torch.int64, torch.int32) and tokens.ndim == 2 and tokens.numel() > 0,
              f"tokens must be int64 (B, T), got {tokens.dtype} {tuple(tokens.shape)}")
         need(self.next_layer == len(self.layers) and bool(self.rows) == bool(self.layers),
-             "the last forward was interrupted: truncate this cache, or use a new one")
+             "the last forward was interrupted: use a new cache, or truncate() of extras/branch.py")
         B, real = len(self.rows), tokens >= 0
         need(B in (0, len(tokens)), f"this cache holds {B} rows, got tokens for {len(tokens)}")
         need(B > 0 or real[:, 0].all(), "every row needs a token in the first forward")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from sentencekv import Segmenter, SentenceKV, need
+from sentencekv import Segmenter, SentenceKV, eager, need
 
 # --------------------------------------------------------------------------------- the pool
 
@@ -91,8 +91,7 @@ def cut(pool, slots, host_pool):
 
 # ------------------------------------------------------------------------------------- fork
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@eager
 def fork(cache):
     """A second cache with the same content, which goes on independently of the first.
 
@@ -100,6 +99,8 @@ def fork(cache):
     host memory that it does not share. Raises ValueError for a cache that is empty or was
     interrupted.
     """
+    if isinstance(cache, SentenceKV) and not cache.rows:
+        return copy.deepcopy(cache)
     check_complete(cache, "fork()")
     twin = copy.copy(cache)
     twin.rows = [copy_row(row) for row in cache.rows]
@@ -137,8 +138,7 @@ def clone(x):
 
 # --------------------------------------------------------------------------------- truncate
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@eager
 def truncate(cache, lengths):
     """Forget all but the first `lengths` tokens of each row: an int, or one int per row.
 

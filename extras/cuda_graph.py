@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sentencekv import SentenceKV, need
+from sentencekv import SentenceKV, eager, need
 
 class GraphedStep:
     """A decode step of a model with a SentenceKV on a CUDA device.
@@ -34,8 +34,7 @@ class GraphedStep:
         self.captured = []      # the tensors that the graph uses
         self.step = None        # cache.step, if the last forward was one of the graph
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @eager
     def __call__(self, tokens):
         cache = self.cache
         if not self.ready():

@@ -26,7 +26,7 @@ import torch
 from extras.branch import BranchPool, check_complete
 from model import DTYPES as WEIGHTS, blame, read_safetensors
 from sentencekv import (
-    HostPool, Segmenter, SentenceKV, enough_sentences, need, sentence_flags)
+    HostPool, Segmenter, SentenceKV, eager, enough_sentences, need, sentence_flags)
 
 FORMAT = "sentencekv cache 4"
 DTYPES = {"I64": torch.int64, "F64": torch.float64, **WEIGHTS, "U8": torch.uint8}
@@ -230,8 +230,7 @@ def check_sum(path):
             left -= len(data)
         need(file.read() == digest.digest(), "is damaged or cut off: its checksum is wrong")
 
-@torch.inference_mode(False)
-@torch.no_grad()
+@eager
 def assemble(tensors, settings, model, host_pool):
     """A cache from tensors of which only the layout is known. ValueError if they cannot be one."""
     cache = SentenceKV(unpack_flags(tensors), host_pool=host_pool, **settings)

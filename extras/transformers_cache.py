@@ -9,7 +9,6 @@ from sentencekv import SentenceKV, need, sentence_flags
 class SentenceCache(Cache):
     """generate()'s past_key_values. Stores what attention_mask shows. copy.deepcopy() forks it."""
     is_linear, is_croppable = [False], False
-
     def __init__(self, flags, **settings):
         super().__init__(layers=[])
         self.kv = SentenceKV(flags, **settings)
@@ -48,6 +47,9 @@ class SentenceCache(Cache):
         vars(twin).update(vars(self), kv=fork(self.kv))
         return twin
 
+    def __getstate__(self):             # for pickle: without the model
+        return {**vars(self), "decoder": None}
+
     def unsupported(self, *args, **kwargs):
         raise ValueError("SentenceCache does not support beam search, assisted decoding, cropping")
     crop = reset = reorder_cache = batch_select_indices = activate_past_recording = unsupported
@@ -68,7 +70,7 @@ def attend(module, q, k, v, mask, scaling=None, sliding_window=None, **kwargs):
     out = cache.kv.attend(module.layer_idx, q, k, v)        # (B, Hq, T, d), padding last
     return torch.zeros_like(out).scatter(2, order.expand_as(out), out).transpose(1, 2), None
 
-def before_forward(decoder, args, kwargs):
+def prepare(decoder, args, kwargs):
     """Give the cache the tokens, which no attention function sees, and the model the positions."""
     cache = kwargs.get("cache", kwargs.get("past_key_values"))
     if isinstance(cache, SentenceCache):
@@ -92,8 +94,7 @@ def use_sentencekv(model):
     need(config._attn_implementation == "sentencekv", f"{type(model).__name__} is unsupported: "
          "SentenceKV needs a decoder of text that uses AttentionInterface in all layers")
     if not hasattr(decoder, "sentencekv"):
-        hook = decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
-        decoder.sentencekv = hook, before
+        decoder.sentencekv = decoder.register_forward_pre_hook(prepare, with_kwargs=True), before
 
 def undo_sentencekv(model):
     """Give the model its own attention back."""

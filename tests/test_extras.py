@@ -412,7 +412,7 @@ def refused(cache):
     try:
         cache._check_tokens(torch.ones(2, 1, dtype=torch.long))
     except ValueError as error:
-        assert "truncate this cache, or use a new one" in str(error)
+        assert "use a new cache, or truncate" in str(error)
         return True
     return False
 
@@ -465,7 +465,7 @@ def test_a_cache_whose_first_prompt_was_interrupted_asks_for_a_new_one():
         cache = toy_cache()
         with pytest.raises(Interrupted):
             model(prompt, cache, progress=stop_after(layers))
-        with pytest.raises(ValueError, match="interrupted: truncate this cache, or use a new one"):
+        with pytest.raises(ValueError, match="interrupted: use a new cache, or truncate"):
             model(prompt, cache)
         with pytest.raises(ValueError):
             save(cache, "/nowhere", model)
@@ -921,7 +921,7 @@ def test_a_cuda_graph_generates_loads_and_recovers(tmp_path, pretended_gpu):
             patch.setattr(type(on_gpu), "compute", interrupt)
             patch.setattr(torch.cuda.CUDAGraph, "replay", interrupt)
             step(torch.tensor([[1]]).cuda())
-        with pytest.raises(ValueError, match="truncate this cache"):
+        with pytest.raises(ValueError, match="use a new cache, or truncate"):
             step(torch.tensor([[1]]).cuda())
         truncate(loaded, held)
         truncate(one, held)

@@ -196,3 +196,42 @@ def test_a_standard_input_that_cannot_be_read_is_named(file, monkeypatch, capsys
     monkeypatch.setattr(sys, "stdin", open(os.open("/dev/null", os.O_WRONLY), encoding="utf-8"))
     assert cli.main(["--prompt-file", file, "--chat", *CPU]) == 2
     assert capsys.readouterr().err.startswith("error: standard input: ")
+
+# ----------------------------------------------------------------------- the process, and arguments
+
+@pytest.mark.parametrize("kind", ["dense", "sentences"])
+def test_another_default_device_changes_nothing(kind):
+    expected = answer(KINDS[kind]())
+    with torch.device("meta"):                      # stands for any device but the model's
+        assert answer(KINDS[kind](), Llama.from_pretrained(TINY)) == expected
+
+@pytest.mark.parametrize("kind", ["dense", "sentences"])
+def test_autocast_stores_keys_and_values_in_its_dtype(kind):
+    wide = Llama.from_pretrained(TINY, dtype=torch.float32)
+    ids = torch.tensor([tokenizer.encode(TEXT, bos=True)])
+    new = DenseKV if kind == "dense" else sentence_cache
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = new()
+        logits = wide.prefill(ids, cache)
+        answer(cache, wide)
+    stored = cache.keys[0] if kind == "dense" else cache.layers[0].pool.kv
+    assert stored.dtype == torch.bfloat16
+    assert 0 < (logits - wide.prefill(ids, new())).abs().max() < 0.5
+
+def test_a_compiled_model_gives_the_same_logits():
+    ids = torch.tensor([tokenizer.encode(TEXT[:200], bos=True)])
+    compiled = torch.compile(model, backend="eager")
+    caches = [sentence_cache(), sentence_cache()]
+    for tokens in (ids, ids[:, :1], ids[:, 1:2]):
+        a, b = (run(tokens, cache) for run, cache in zip((model, compiled), caches))
+        assert torch.equal(a, b)
+
+@pytest.mark.parametrize("lengths", [2.0, True, None, "3", object()])
+def test_lengths_that_are_none_are_refused(lengths):
+    with pytest.raises(ValueError, match="truncate.. takes"):
+        filled(DenseKV()).truncate(lengths)
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int64, 16])
+def test_a_dtype_that_is_none_for_weights_is_refused(dtype):
+    with pytest.raises(ValueError, match="dtype = .* is unsupported"):
+        Llama.from_pretrained(TINY, dtype=dtype)
