@@ -2,7 +2,7 @@
 
     python docs/exercises/check.py                  # or only some: check.py ex05 ex10
 
-Works on a copy of docs/exercises, to which it applies the patches in docs/solutions.
+Works on two copies of docs/exercises; to one of them it applies the patches in docs/solutions.
 """
 import os
 import re
@@ -15,18 +15,22 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
+COPIES = ("start", "solved")
 
-def outcomes(copy, names):
-    """Run the tests of some exercises in a copy -> {name: Counter of PASSED, FAILED, ERROR}."""
-    files = [f"docs/exercises/{name}.py" for name in names]
-    command = [sys.executable, "-B", "-m", "pytest", "-q", "-rA", "--tb=no"]
-    command += ["-p", "no:cacheprovider"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([*command, *files], cwd=copy, env={**os.environ, "PYTHONPATH": path},
-                         capture_output=True, text=True)
-    found = {name: Counter() for name in names}
-    for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*?(ex\d\d_\w+)", run.stdout, re.M):
-        found[name][outcome] += 1
+def outcomes(folder, names):
+    """Run the tests of both copies -> {(copy, exercise): Counter of PASSED, FAILED, ERROR}."""
+    files = [f"{copy}/docs/exercises/{name}.py" for copy in COPIES for name in names]
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-rA", "--tb=no", "--rootdir=."]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    command += ["--import-mode=importlib"]                  # two files can have the same name
+    paths = [str(ROOT), str(DOCS / "exercises"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    run = subprocess.run([*command, *files], cwd=folder, env=environment, capture_output=True,
+                         text=True)
+    found = {(copy, name): Counter() for copy in COPIES for name in names}
+    results = re.findall(r"^(PASSED|FAILED|ERROR) (\w+)/\S*?(ex\d\d_\w+)", run.stdout, re.M)
+    for outcome, copy, name in results:
+        found[copy, name][outcome] += 1
     return found
 
 def solve(copy, name):
@@ -45,20 +49,22 @@ def main(wanted):
     if not names:
         raise SystemExit(f"error: no exercise {' '.join(wanted)}; there are {' '.join(exercises)}")
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder).resolve()
-        without = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(DOCS / "exercises", copy / "docs" / "exercises", ignore=without)
-        before = outcomes(copy, names)
+        folder = Path(folder).resolve()
+        for copy in COPIES:
+            without = shutil.ignore_patterns("__pycache__")
+            target = folder / copy / "docs" / "exercises"
+            shutil.copytree(DOCS / "exercises", target, ignore=without)
         for name in names:
-            solve(copy, name)
-        after = outcomes(copy, names)
+            solve(folder / "solved", name)
+        found = outcomes(folder, names)
     good = True
     for name in names:
-        total = before[name].total()
-        ok = before[name]["FAILED"] == total == after[name]["PASSED"] == after[name].total() > 0
+        before, after = found["start", name], found["solved", name]
+        total = before.total()
+        ok = before["FAILED"] == total == after["PASSED"] == after.total() > 0
         good = good and ok
-        print(f"{'ok ' if ok else 'BAD'} {name:16} before: {before[name]['PASSED']} of {total} "
-              f"pass, solved: {after[name]['PASSED']} of {after[name].total()} pass")
+        print(f"{'ok ' if ok else 'BAD'} {name:16} before: {before['PASSED']} of {total} pass, "
+              f"solved: {after['PASSED']} of {after.total()} pass")
     return 0 if good else 1
 
 if __name__ == "__main__":
