@@ -1,29 +1,30 @@
 """SentenceKV (arXiv 2504.00970, COLM 2025): a KV cache that is organized by sentence.
 
-Keys and values are stored in CPU memory. The device (the accelerator that runs the model)
+All keys and values are stored in CPU memory. The device (the accelerator that runs the model)
 stores one small semantic vector per sentence, layer and KV head. Every decode step ranks these
-vectors against the query and fetches whole sentences, best first, until the token budget is full.
-The sink (the first tokens of the text) and the recent sentences always rank first.
+vectors against the query and fetches sentences, best first, until the token budget is full. The
+sink (the first tokens of the text) and the recent sentences always rank first.
 
-The paper ranks and fetches whole sentences. Here, a sentence longer than `max_sentence` tokens (6)
-is cut into pieces, each with a vector of its own. In the code, "sentence" means such a piece.
+The paper's unit is the sentence. Here, sentences are cut into pieces of at most `max_sentence`
+tokens (default: 6), each with a vector of its own. In the code, "sentence" means such a piece.
+
+B rows (batch), T new tokens, S sentences (with spare room), C slots (of one token each), d head
+width, Hq query heads, H KV heads; the G = Hq / H query heads of a group share a KV head.
+Differences from the paper follow "Paper:".
 
     tokens of a forward --> begin(): cut into sentences                       once per forward
     q, k, v of a layer  --> attend(), T > 1: exact causal attention           once per layer
                                       T = 1: rank -> select -> fetch -> attention
-                            then append k, v to the host pool and to the vectors
+                            then store k, v in the host pool and update the vectors
 
     code          paper       shape                 stored   meaning
     budget        tau         int                            most tokens that a KV head attends to
-    keep          r           number                         floor(r * tau) prompt tokens survive
+    keep          r           number                         floor(r * tau) prompt tokens are kept
     window        N           int                            last queries, which judge importance
-    vectors       kbar_{s,h}  (B, H, S, w)          device   semantic vectors, w = d or d + 1
+    vectors       kbar_{s,h}  (B, H, S, w)          device   w = d (rank "mean"), d + 1 ("ball")
     query_mean    qbar        (B, H, G, d)          device   mean query of the current sentence
     pool.kv       K, V        (B, C, H, 2, d)       host     all keys [..., 0, :] and values
     attended      K_t, V_t    (B, H, budget, 2, d)  device   what one decode step attends to
-
-B rows (batch), T new tokens, S sentences, C slots, d head width, Hq query heads, H KV heads; the
-G = Hq / H query heads of a group share a KV head. Differences from the paper follow "Paper:".
 """
 import re
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def need(condition, message):
     if not condition:
         raise ValueError(message)
 
-# ------------------------------------------------------------------------------ 1. Segmentation
+# --------------------------------------------------------------------------------- Segmentation
 
 ENDS = "。！？｡।॥؟۔።։။"            # a sentence ends after these
 MAY_END = ".!?…"                  # only if white space follows: "3.14" is not split
@@ -46,17 +47,17 @@ CLOSERS = "]\"'`*_)}»”’」』）】》〉"   # may follow a stop: brackets,
 PARAGRAPH = re.compile(r"(\n\s*\n|\u2029)\s*$")     # a blank line
 SENTENCE_END = re.compile(            # a stop, closers, and notes such as [2]
     rf"([{ENDS}]|[{MAY_END}](?=.*\s$))([{CLOSERS}]|\s*\[[^][.!?]*\])*\s*$", re.DOTALL)
-# A full stop after these ends no sentence: abbreviations, initials ("J. R.", but not "I."), "1."
+# A full stop after these ends no sentence: abbreviations, initials ("J. R.", not "I."), numbers
 ABBREVIATION = re.compile(r"""(?<![^\s"'`*_([{«“‘])
     ( mr|mrs|ms|dr|ph\.d|prof|st|jr|sr|rev|hon|gen|col|maj|capt|lt|sgt|sen|rep|gov|inc|ltd|co|corp
     | vs|cf|ca|mt|ft|fig|eq|vol|pp|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec
     | (?!(?-i:I)\.\W*$) [^\W\d_] (\.[^\W\d_])* ) \.\W*$ | ^[\W\d_]*$""", re.I | re.X)
-# After these, a sentence goes on with a lower-case word: "Why?" he asked, and so on... and, etc.
+# After these, a lower-case word does not start a sentence: "Why?" he asked; so on... and; etc. and
 GOES_ON = re.compile(rf"([{MAY_END}][{CLOSERS}]+|…|\.\ ?\.|etc\.)\s*$")
 TAIL = 48                         # trailing bytes of the open sentence that the rules see
 
 def starts_sentence(before, after):
-    """Does the text `after` start a new sentence? `before`: the end of the open sentence.
+    """Does the token text `after` start a new sentence? `before`: the end of the open sentence.
 
     >>> [starts_sentence("It rains.", " The"), starts_sentence("by Dr.", " Who")]
     [True, False]
@@ -75,19 +76,19 @@ def starts_sentence(before, after):
     return not (goes_on or ABBREVIATION.search(text))
 
 def sentence_flags(token_bytes):
-    """What Segmenter needs of a vocabulary: token bytes (None: special) -> list of bytes."""
-    return [b"\n\n" if raw is None else raw for raw in token_bytes]   # special: a blank line
+    """The bytes of each token as Segmenter reads them; a special one (None) is a blank line."""
+    return [b"\n\n" if raw is None else raw for raw in token_bytes]
 
 class Segmenter:
     """One row of the batch: its tokens, and the sentences that they form. All on the host.
 
-    >>> row = Segmenter([b"<bos>", b"Hello", b".", b'"', b" He"], sink=1, max_sentence=64)
+    >>> row = Segmenter([b"Well", b"Hello", b".", b'"', b" He"], sink=1, max_sentence=64)
     >>> row.extend([0, 1, 2, 3, 4, 1])
     [0, 1, 1, 1, 2, 2]
     """
 
     def __init__(self, flags, sink, max_sentence):
-        self.flags = flags
+        self.flags = flags      # see sentence_flags()
         self.sink = sink
         self.max_sentence = max_sentence
         self.tokens = []
@@ -95,22 +96,22 @@ class Segmenter:
         self.lengths = [0]      # tokens in each sentence; sentence 0 is the sink
         self.tail = b""         # end of the open sentence, as bytes: a character can span tokens
         self.prompt_end = 0     # where the last prompt ended; later tokens are generated
-        self.extend([])
+        self.extend([])         # sets start, first, last, new
 
     def extend(self, ids):
         """Append the tokens of a forward; return the sentence of each. -1 is padding."""
         self.start = len(self.tokens)               # position of the first new token
-        self.first = len(self.lengths) - 1          # the sentence that was open
+        self.first = len(self.lengths) - 1          # the open sentence, the first that can change
         sentence = [self._add(token) for token in ids]
-        self.last = len(self.lengths) - 1           # the sentence that is open now
+        self.last = len(self.lengths) - 1           # the sentence that is open after these tokens
         self.new = len(self.tokens) - self.start
-        if self.new > 0 and len(ids) > 1:
+        if self.new > 0 and len(ids) > 1:           # T > 1: a prompt
             self.prompt_end = len(self.tokens)
         return sentence
 
     def _add(self, token):
         if token >= 0:
-            new = self.flags[token] if token < len(self.flags) else b""
+            new = self.flags[token] if token < len(self.flags) else b""         # unknown: no text
             before = self.tail.decode(errors="replace")
             after = new.decode(errors="replace")
             starts = starts_sentence(before, after)
@@ -124,13 +125,13 @@ class Segmenter:
             self.sentence.append(len(self.lengths) - 1)
         return len(self.lengths) - 1
 
-# ------------------------------------------- 2. Prefill: which tokens survive (only with keep=r)
+# ---------------------------------------------- Prefill: which tokens survive (only with keep=r)
 
-def importance(q, k, pool=1):
-    """alpha_i (Sec. 4.1): attention weight that token i receives from the last N queries, summed.
+def importance(q, k, max_pool=1):
+    """alpha_i (Sec. 4.1): attention to token i, summed over the last N queries and all heads.
 
     q (Hq, N, d), k (H, T, d), T > N -> (T,) float32. Paper: no pooling. The authors' code takes
-    the maximum over `pool` = 7 neighbors, except for the last N tokens.
+    the maximum over `max_pool` = 7 neighbors, except for the last N tokens.
     """
     Hq, N, d = q.shape
     H, T, _ = k.shape
@@ -141,7 +142,7 @@ def importance(q, k, pool=1):
     weights = logits.masked_fill(future, float("-inf")).softmax(-1)
     alpha = weights.sum((0, 1))                                       # (T,)
     before = alpha[None, :-N]
-    before = F.max_pool1d(before, pool, stride=1, padding=pool // 2)
+    before = F.max_pool1d(before, max_pool, stride=1, padding=max_pool // 2)
     return torch.cat((before[0], alpha[-N:]))
 
 def survivors(alpha, n):
@@ -149,13 +150,13 @@ def survivors(alpha, n):
     order = alpha.argsort(descending=True, stable=True)               # ties: the earlier token
     return order[:n].sort().values
 
-# ----------------------------------------------------------- 3. Semantic vectors and their rank
+# -------------------------------------------------------------- Semantic vectors and their rank
 
-# A rule says what the semantic vector of a sentence is, and how it is scored. The classes are
-# namespaces of three functions and are never instantiated:
+# A rule: the semantic vector of a sentence, and how it is scored. Never instantiated.
 #   features  what a key contributes, (..., d) -> (..., w); contributions are summed per sentence
 #   vector    that sum, over n keys -> semantic vector, (..., w)
-#   score     q, query_mean (B, H, G, d), vectors (B, H, S, w), candidates (B, S) -> (B, H, S)
+#   score     q, query_mean (B, H, G, d), vectors (B, H, S, w), candidates (B, S) -> (B, H, S);
+#             the caller ignores the scores of all but the candidates
 
 class Mean:
     """The paper: mean query (Eq. 2) . mean key (Eq. 1). Can miss a single key that stands out."""
@@ -172,11 +173,12 @@ class Mean:
         return scores.squeeze(2)
 
 class Ball:
-    """The keys of a sentence as a ball: mean key m and radius r, the rms distance from the mean.
+    """Not in the paper. Keys as a ball: mean key m and radius R, the rms distance from the mean.
 
-    Let x be halfway between query and mean query. A sentence gets two scores: at the center of its
-    ball, x . m, which tells what it is about; and at the edge, x . m + |x| r, an estimate of its
-    best key. A softmax over the sentences, per query head, makes both comparable; then they add up.
+    Let x be halfway between query and mean query. A sentence gets two logits: at the center of its
+    ball, x . m, which tells what it is about; and at the edge, x . m + |x| R, an estimate of its
+    best key. Each becomes a softmax over the sentences. The score is the sum of both, and of all
+    query heads of the group.
     """
 
     def features(k):
@@ -190,9 +192,9 @@ class Ball:
     def score(q, query_mean, vectors, candidates):
         x = (q + query_mean) / 2                                      # (B, H, G, d)
         x = x * q.shape[-1] ** -0.5
-        center = F.pad(x, (0, 1))                                     # (x, 0) . (m, r)
+        center = F.pad(x, (0, 1))                                     # (x, 0) . (m, R)
         length = x.norm(dim=-1, keepdim=True)
-        edge = torch.cat((x, length), dim=-1)                         # (x, |x|) . (m, r)
+        edge = torch.cat((x, length), dim=-1)                         # (x, |x|) . (m, R)
         views = torch.cat((center, edge), dim=2)                      # (B, H, 2 * G, w)
         views = views.to(vectors.dtype)
         logits = (views @ vectors.transpose(2, 3)).float()            # (B, H, 2 * G, S)
@@ -201,15 +203,15 @@ class Ball:
         return weights.sum(2)
 
 RANKS = {"mean": Mean, "ball": Ball}
-# The paper's settings, and those of the authors' code: SentenceKV(flags, **PAPER)
+# The paper's settings and, where it gives none, those of its authors' code
 PAPER = dict(
     rank="mean", keep=2, budget=1024, sink=32,
-    recent=32, window=32, pool=7, max_sentence=64)
+    recent=32, window=32, max_pool=7, max_sentence=64)
 
-# ------------------------------------------------------------------ 4. Selection and attention
+# --------------------------------------------------------------------- Selection and attention
 
 def enough_sentences(lengths, budget):
-    """The smallest n such that any n sentences hold `budget` tokens: [4, 9, 2, 3], 6 -> 3."""
+    """The smallest n such that any n sentences hold `budget` tokens, or all: [4, 9, 2], 6 -> 2."""
     for n, total in enumerate(accumulate(sorted(lengths)), start=1):
         if total >= budget:
             break
@@ -218,8 +220,8 @@ def enough_sentences(lengths, budget):
 def select(scores, count, places, top):
     """Take whole sentences in descending score until all places are filled (Algorithm 1).
 
-    The last one is cut. scores (B, H, S); count (B, S): tokens of each sentence, which lie one
-    after the other in the pool; places: how many tokens fit; only the `top` best are considered.
+    The last one is cut. scores (B, H, S); count (B, S): tokens of each sentence, which the pool
+    holds in order, without gaps; places: how many tokens fit; top: the best sentences considered.
     Returns slot (B, H, places): the slot in the pool to fetch for each place
             filled (B, H, places): False: there was nothing left for this place
             sentence, taken (B, H, top): the best sentences, and the tokens taken of each
@@ -260,6 +262,8 @@ def causal_attention(q, k, v, chunk=512):
     q (B, Hq, T, d), k, v (B, H, M, d): the queries belong to the last T of the M tokens. Returns
     (B, Hq, T, d). Processes `chunk` queries at a time, to avoid a (T, M) matrix.
     """
+    if q.shape[2] == 1:
+        return grouped_attention(q, k, v)                             # faster
     out, visible = [], k.shape[2] - q.shape[2]
     for part in q.split(chunk, dim=2):
         visible += part.shape[2]                                      # keys its last query sees
@@ -268,7 +272,7 @@ def causal_attention(q, k, v, chunk=512):
         out.append(F.scaled_dot_product_attention(part, keys, values, mask, enable_gqa=True))
     return torch.cat(out, dim=2)
 
-# ------------------------------------------------------------------------------ 5. The host pool
+# --------------------------------------------------------------------------------- The host pool
 
 class HostPool:
     """Keys and values of one layer in CPU memory, in text order.
@@ -281,7 +285,7 @@ class HostPool:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.kv = self.allocate((B, 16, H, 2, d), dtype)              # (B, C, H, 2, d)
-        self.kv.zero_()
+        self.kv.zero_()         # an empty place fetches slot 0: no NaN
         self.used = [0] * B                                           # slots that each row uses
 
     def allocate(self, shape, dtype):
@@ -301,7 +305,7 @@ class HostPool:
             self.kv = larger
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            kv.record_stream(self.stream)                             # keep its memory until then
+            kv.record_stream(self.stream)                             # keep its memory until copied
         with torch.cuda.stream(self.stream):                          # None: does nothing
             self.kv[b, start:end].copy_(kv, non_blocking=True)
         self.used[b] = end
@@ -313,7 +317,7 @@ class HostPool:
         row = torch.arange(B, device="cpu")[:, None, None] * C
         head = torch.arange(H, device="cpu")[:, None]
         index = (row + slot.cpu()) * H + head                         # into (B * C * H, 2 * d)
-        # PyTorch reuses a pinned buffer only after it has been copied.
+        # On CUDA, a new pinned buffer. PyTorch reuses it only after it has been copied.
         buffer = out if self.stream is None else self.allocate(out.shape, out.dtype)
         source = self.kv.view(-1, 2 * d)
         target = buffer.view(-1, 2 * d)
@@ -332,7 +336,7 @@ class HostPool:
         if self.stream is not None:
             self.stream.synchronize()
 
-# ---------------------------------------------------------------------------------- 6. The cache
+# ------------------------------------------------------------------------------------- The cache
 
 @dataclass
 class Settings:
@@ -342,15 +346,15 @@ class Settings:
     sink: int = 4               # first tokens, always attended to
     recent: int = 8             # last tokens; every sentence that they touch is attended to
     window: int = 32            # last queries of the prompt, which judge importance (keep=r)
-    pool: int = 1               # width of the max-pool over importance; 1: none (keep=r)
+    max_pool: int = 1           # width of the max-pool over importance; 1: none (keep=r)
     rank: str = "ball"          # a key of RANKS. Paper: "mean"
     max_sentence: int = None    # longer ones are cut into pieces; None: 6, less if budget is small
 
     def __post_init__(self):
-        for name in ("budget", "sink", "recent", "window", "pool"):
+        for name in ("budget", "sink", "recent", "window", "max_pool"):
             value, least = getattr(self, name), int(name != "sink")
-            need(type(value) is int and value >= least,
-                 f"{name} must be an int of at least {least}, got {value!r}")
+            need(type(value) is int and least <= value <= 2 ** 20,
+                 f"{name} must be an int from {least} to {2 ** 20}, got {value!r:.60}")
         rest = self.budget - self.sink - self.recent
         need(rest > 0, f"budget {self.budget} must exceed sink + recent = {self.budget - rest}")
         if self.max_sentence is None:
@@ -358,18 +362,20 @@ class Settings:
         need(type(self.max_sentence) is int and 0 < self.max_sentence <= rest,
              f"max_sentence must be an int from 1 to {rest} (budget - sink - recent), "
              f"got {self.max_sentence!r}")
-        least = max(1, self.window / self.budget)
+        least = max(1, self.window / self.budget)       # what is near, and the window, are kept
         need(self.keep is None or type(self.keep) in (int, float) and least <= self.keep < 1e9,
              f"keep must be None or a number of at least {least:g}, got {self.keep!r}")
-        need(self.pool % 2 == 1, f"pool must be odd, got {self.pool}")
+        need(self.max_pool % 2 == 1, f"max_pool must be odd, got {self.max_pool}")
         need(self.rank in [*RANKS], f"rank must be one of {', '.join(RANKS)}, got {self.rank!r}")
+
+SPARE = 64      # sentences that can begin before the layers have to grow
 
 class SentenceKV:
     """The cache, for a model that calls begin(tokens) per forward and attend() in every layer.
 
     flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: HostPool, or a class with
-    its methods. T > 1 tokens are a prompt, a chunk of it, or a follow-up: attention is exact. T = 1
-    is a decode step. keep=r drops tokens at the first decode step: then the prompt is complete.
+    its methods. T > 1 tokens are a prompt, a chunk of it, or a follow-up: they attend to all that
+    is stored. T = 1 is a decode step. keep=r drops tokens once, at the first decode step.
     """
 
     def __init__(self, flags, *, host_pool=HostPool, **settings):
@@ -380,11 +386,11 @@ class SentenceKV:
         need(all(type(raw) is bytes for raw in self.flags), "flags must be sentence_flags(...)")
         self.rows = []          # one Segmenter per row of the batch: token ids and sentence lengths
         self.length = 0         # tokens in the longest row
-        self.ranked = 0         # how many of the best sentences select() considers
+        self.top = 0            # how many of the best sentences select() considers
         self.room = 0           # S: the layers have room for this many sentences
         self.step = None        # what all layers need in one forward: begin() makes it
         self.layers = []        # what each layer stores, see _new_layer
-        self.attended = None    # (B, H, budget, 2, d), overwritten by every layer
+        self.attended = None    # overwritten by every layer
         self.next_layer = 0     # None while begin() or attend() runs, and if one was interrupted
 
     @torch.inference_mode(False)
@@ -392,8 +398,8 @@ class SentenceKV:
     def begin(self, tokens):
         """Register the next tokens (B, T), int64; return their positions (B, T).
 
-        -1 is padding: it follows the last token of a shorter row, or, with T = 1, stands for a row
-        without a token in this step. Raises ValueError on bad input, and then changes nothing.
+        -1 is padding, after the last token of a row. After the first forward, a row may be padding
+        alone. Raises ValueError on bad input, and then changes nothing.
         """
         self._check_tokens(tokens)
         B, T = tokens.shape
@@ -403,11 +409,11 @@ class SentenceKV:
         self.next_layer = None      # stays None if this forward fails: the next begin() raises
         sentence = [row.extend(ids) for row, ids in zip(self.rows, tokens.tolist())]
         self.length = max(len(row.tokens) for row in self.rows)
-        S = max(len(row.lengths) for row in self.rows)
-        if S > self.room:
-            self._grow(S + 64)
-        # query_mean (Eq. 2) restarts with every sentence and after every prompt. The share of a new
-        # query in it is 1 / (number of queries so far).
+        most = max(len(row.lengths) for row in self.rows)
+        if most > self.room:
+            self._grow(most + SPARE)
+        # query_mean (Eq. 2): the mean over the decode steps of the open sentence since the last
+        # prompt. The n-th query has the share 1 / n, so the first one restarts the mean.
         queries = [min(row.lengths[-1], len(row.tokens) - row.prompt_end) for row in self.rows]
         share = [row.new / max(1, n) for row, n in zip(self.rows, queries)]
         # Near sentences are always attended to: sentence 0 (the sink), and the recent ones.
@@ -431,8 +437,8 @@ class SentenceKV:
             layer.vectors = F.pad(layer.vectors, (0, 0, 0, missing))
         budget = self.settings.budget
         enough = max(enough_sentences(row.lengths, budget) for row in self.rows)
-        # Until the next call, 64 more sentences can begin. keep=r can leave one token of each.
-        self.ranked = min(budget if self.settings.keep else enough + 64, room)
+        # SPARE sentences can begin before the next call. keep=r may leave one token of each.
+        self.top = min(budget if self.settings.keep else enough + SPARE, room)
         self.room = room
 
     @torch.inference_mode(False)
@@ -440,8 +446,8 @@ class SentenceKV:
     def attend(self, index, q, k, v):
         """Store k, v (B, H, T, d); return the output of attention for q, (B, Hq, T, d).
 
-        T > 1: attention to all stored keys. T = 1: to a selection within the budget. Layers call it
-        in order, index 0, 1, ...; q and k are rotated by the positions that begin() returned. The
+        T > 1: attention to all stored keys. T = 1: to a selection within the budget. Layers call
+        attend() in order, index 0, 1, ...; q and k are rotated by the positions of begin(). The
         output has no gradients. Raises ValueError for tensors or calls that do not fit.
         """
         self._check_layer(index, q, k, v)
@@ -455,15 +461,15 @@ class SentenceKV:
         for b, row in enumerate(self.rows):
             new = kv[b, :, :row.new]                                  # (H, n, 2, d)
             sentence = self.step.sentence[b, :row.new]
-            self._append(layer, b, new, sentence, row.first, row.last)
+            self._store(layer, b, new, sentence, row.first, row.last)
         self.next_layer = index + 1
         return out
 
     def _new_layer(self, q, k):
-        """What a layer stores. All of it is on the device, except for the pool."""
+        """The state of a layer, on the device except for the pool."""
         B, Hq, _, d = q.shape
         H, s = k.shape[1], self.settings
-        features = self.rule.features(k[:, :, 0].float())             # (B, H, w)
+        features = self.rule.features(k[:, :, 0].float())             # for its shape, (B, H, w)
         if self.attended is None:
             self.attended = k.new_zeros(B, H, s.budget, 2, d)
         return SimpleNamespace(
@@ -481,20 +487,19 @@ class SentenceKV:
             self._prune(layer)
             layer.observed = None
         query = q.view(layer.query_mean.shape).float()                # (B, H, G, d)
-        # Paper: Sec. 4.2 averages over the complete sentence; Algorithm 1 and this code over the
-        # queries so far.
+        # Paper: Sec. 4.2 averages the complete sentence; Algorithm 1, as here, the queries so far.
         share = self.step.share.view(-1, 1, 1, 1)
         layer.query_mean.lerp_(query, share)
         near = self.step.near
         candidates = (layer.count > 0) & ~near
         scores = self.rule.score(query, layer.query_mean, layer.vectors, candidates)
         scores = scores.masked_fill(near[:, None], float("inf"))      # (B, H, S)
-        places = self.settings.budget - 1
-        slot, filled, sentence, taken = select(scores, layer.count, places, self.ranked)
+        places = self.settings.budget - 1                             # the last: the token itself
+        slot, filled, sentence, taken = select(scores, layer.count, places, self.top)
         layer.fetched = torch.stack((sentence, taken))
         slot = F.pad(slot, (0, 1))                                    # (B, H, budget)
         layer.pool.fetch(slot, out=self.attended)
-        self.attended[:, :, -1] = kv[:, :, 0]                         # the last place: the token
+        self.attended[:, :, -1] = kv[:, :, 0]
         mask = F.pad(filled, (0, 1), value=True)                      # (B, H, budget)
         keys, values = self.attended.unbind(3)                        # (B, H, budget, d)
         return grouped_attention(q, keys, values, mask[:, :, None])
@@ -515,7 +520,7 @@ class SentenceKV:
                 layer.observed[b] = queries[:, -self.settings.window:]
         return out
 
-    def _append(self, layer, b, kv, sentence, first, last):
+    def _store(self, layer, b, kv, sentence, first, last):
         """Store row b's tokens kv (H, n, 2, d), and update the vectors of their sentences.
 
         sentence (n,): the sentence of each token, from first to last. layer.open[b] holds the sum
@@ -544,13 +549,14 @@ class SentenceKV:
         layer.open.zero_()
         for b, row in enumerate(self.rows):
             kv = pool.read(b)                                         # (H, T, 2, d)
-            sentence = torch.arange(self.room, device=kv.device).repeat_interleave(count[b])
+            number = torch.arange(self.room, device=kv.device)
+            sentence = number.repeat_interleave(count[b])             # (T,), that of each token
             if len(sentence) > n:
-                alpha = importance(layer.observed[b], kv[:, :, 0], s.pool)
+                alpha = importance(layer.observed[b], kv[:, :, 0], s.max_pool)
                 near = (sentence == 0) | (sentence >= sentence[-s.recent:][0])
                 kept = survivors(alpha.masked_fill(near, float("inf")), n)
                 kv, sentence = kv[:, kept], sentence[kept]
-            self._append(layer, b, kv, sentence, 0, row.first)
+            self._store(layer, b, kv, sentence, 0, row.first)         # row.last: the new token's
 
     def _check_tokens(self, tokens):
         need(torch.is_tensor(tokens), f"tokens must be a tensor, got {type(tokens).__name__}")
@@ -570,7 +576,7 @@ class SentenceKV:
              "per forward, then attend() once in every layer, in order")
         first_forward = not any(row.start for row in self.rows)
         need(first_forward or index < len(self.layers),
-             f"an earlier forward was interrupted before layer {index}: use a new cache")
+             f"layer {index} is new: the first forward was interrupted before it: use a new cache")
         B, T = self.step.sentence.shape
         like = k if self.attended is None else self.attended
         H, d = like.shape[1], like.shape[-1]
@@ -589,7 +595,7 @@ class SentenceKV:
         return torch.stack([layer.fetched for layer in self.layers], dim=1).unbind(0)
 
     def memory(self):
-        """Bytes of all tensors: {"device": ..., "host": ...}."""
+        """Bytes of all tensors, on the device and in host memory."""
         parts = [vars(part) for part in (self, self.step, *self.layers) if part]
         tensors = [x for part in parts for x in part.values() if torch.is_tensor(x)]
         host = sum(layer.pool.kv.nbytes for layer in self.layers)

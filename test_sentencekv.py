@@ -164,7 +164,7 @@ class Feed:
             T = len(row.tokens)
             if self.s.keep and T > n:
                 q = torch.stack(row.prompt_queries[l][-self.s.window:], dim=1)
-                alpha = plain_alpha(q, torch.stack(row.k[l], dim=1), self.s.pool)
+                alpha = plain_alpha(q, torch.stack(row.k[l], dim=1), self.s.max_pool)
                 for i in self.near(row):
                     alpha[i] = math.inf
                 best = sorted(range(T), key=lambda i: -alpha[i])[:n]
@@ -292,7 +292,7 @@ def test_a_step_attends_exactly_to_the_sink_the_recent_and_the_best_sentences(
        pool=st.sampled_from([1, 3, 7]), data=st.data())
 def test_keep_r_stores_exactly_the_most_important_tokens_of_the_prompt(rank, seed, B, keep, pool,
                                                                        data):
-    setting = options(data, rank, keep=keep, pool=pool)
+    setting = options(data, rank, keep=keep, max_pool=pool)
     setting["window"] = data.draw(st.integers(1, min(6, setting["budget"])))
     feed = Feed(seed, B, 4, 2, layers=1, **setting)
     for lengths in script(data, B):
@@ -338,7 +338,7 @@ def test_many_short_sentences_fill_the_budget_and_a_text_can_begin_with_one_toke
 @ranks
 @pytest.mark.parametrize("keep", [None, 1.5])
 def test_a_row_of_a_batch_is_what_it_would_be_alone(rank, keep):
-    setting = dict(budget=32, recent=5, window=4, pool=3, rank=rank, keep=keep)
+    setting = dict(budget=32, recent=5, window=4, max_pool=3, rank=rank, keep=keep)
     forwards = [(40, 70, 55), (0, 9, 4), *[(1, 1, 1)] * 4, (1, 0, 1), (1, 0, 0), (3, 8, 0), (1, 1, 1)]
     batch, alone = Feed(0, 3, **setting), [Feed(0, 1, **setting) for _ in range(3)]
     for lengths in forwards:
@@ -364,7 +364,7 @@ def test_an_interrupted_forward_is_noticed(T, attended):
             feed.push(feed.tokens(4))
 
 def test_an_interruption_inside_of_a_call_is_noticed(monkeypatch):
-    for owner, where in ((Segmenter, "extend"), (SentenceKV, "_prompt"), (SentenceKV, "_append")):
+    for owner, where in ((Segmenter, "extend"), (SentenceKV, "_prompt"), (SentenceKV, "_store")):
         feed = Feed(7, budget=40, recent=5)
         feed.push(feed.tokens(20))
         def stop(*args, **kwargs):
@@ -405,12 +405,12 @@ def test_calls_that_cannot_be_right_change_nothing_and_say_so():
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(budget=48, sink=32, recent=16), r"budget 48 must exceed sink \+ recent = 48"),
-    (dict(budget=64.0), "budget must be an int of at least 1, got 64.0"),
+    (dict(budget=64.0), "budget must be an int from 1 to 1048576, got 64.0"), (dict(budget=1 << 21), "budget"),
     (dict(sink=-1), "sink must be"), (dict(recent=0), "recent must be"),
     (dict(window=0), "window must be"), (dict(keep=1, window=2000), "at least 1.95312, got 1"),
     (dict(keep=0.5), "keep must be None or a number of at least 1, got 0.5"),
     (dict(keep=float("nan")), "keep must be"), (dict(keep="2"), "keep must be"),
-    (dict(pool=4), "pool must be odd, got 4"),
+    (dict(max_pool=4), "max_pool must be odd, got 4"),
     (dict(rank="best"), f"rank must be one of {', '.join(RANKS)}, got 'best'"),
     (dict(rank=["ball"]), "rank must be"), (dict(flags=[b".", None]), "flags must be sentence_flags"),
     (dict(budget=64, recent=32, max_sentence=29), "must be an int from 1 to 28"),
@@ -420,7 +420,7 @@ def test_impossible_settings_say_what_to_change(wrong, message):
         SentenceKV(**{"flags": TOY_FLAGS, **wrong})
 
 def test_the_papers_settings_are_one_preset():
-    assert PAPER == dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, pool=7,
+    assert PAPER == dict(rank="mean", keep=2, budget=1024, sink=32, recent=32, window=32, max_pool=7,
                          max_sentence=64)
     feed = Feed(9, Hq=2, H=1, layers=1, **PAPER)
     q, k = feed.randn(1, 2, 3000, 8), feed.randn(1, 1, 3000, 8)

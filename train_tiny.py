@@ -44,6 +44,7 @@ class TrainingCache:
 
     Plain matrix products, 256 queries at a time: on a CPU their backward is faster than SDPA's.
     """
+    length = 0
 
     def __init__(self, positions):
         self.positions = positions

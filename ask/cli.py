@@ -214,6 +214,8 @@ def first_line(error):
     """The message of an exception on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, torch.OutOfMemoryError):
+        return "no device memory for so many tokens at once: set a smaller --chunk"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0]
 

@@ -6,6 +6,7 @@ import torch
 
 from ask.watch import WatchedKV
 from extras.branch import fork, truncate
+from extras.check_memory import check_memory
 from model import DenseKV
 
 class PlainTurns:
@@ -86,8 +87,9 @@ class Conversation:
 
     def prefill(self, ids, progress=None):
         """Put the text into the cache; returns the seconds that it took."""
-        start = time.perf_counter()
-        self.model.prefill(self.tensor(ids), self.cache, self.args.chunk, progress)
+        start, tokens = time.perf_counter(), self.tensor(ids)
+        check_memory(self.model, tokens, self.cache)
+        self.model.prefill(tokens, self.cache, self.args.chunk, progress)
         self.length = self.text_length = self.cache.length
         return time.perf_counter() - start
 

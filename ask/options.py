@@ -5,11 +5,10 @@ import stat
 import tempfile
 from pathlib import Path
 
-from model import check_settings
 from sentencekv import PAPER, RANKS, Settings, need
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
-CACHE_SETTINGS = ("budget", "keep", "sink", "recent", "window", "pool", "rank")
+CACHE_SETTINGS = ("budget", "keep", "sink", "recent", "window", "max_pool", "rank")
 
 def parse(argv=None):
     """The command line as a namespace of argparse."""
@@ -47,7 +46,7 @@ def add_cache_options(add):
     add("--recent", type=int, help=f"last tokens, always attended to (default {default.recent})")
     add("--window", type=int,
         help=f"last queries, which decide what --keep keeps (default {default.window})")
-    add("--pool", type=int, help="width of the max-pool over that decision (default 1: none)")
+    add("--max-pool", type=int, help="width of the max-pool over that decision (default 1: none)")
     add("--rank", choices=RANKS,
         help=f"rule that ranks sentences (default {default.rank}; paper: {PAPER['rank']})")
     paper = ", ".join(f"{name} {value}" for name, value in PAPER.items())
@@ -79,7 +78,10 @@ def check(args):
     """Raise ValueError or OSError for arguments that cannot work, before any long work."""
     need(args.max_new_tokens >= 1, f"--max-new-tokens must be >= 1, got {args.max_new_tokens}")
     need(args.show >= 0, f"--show must be >= 0, got {args.show}")
-    check_settings(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.chunk)
+    need(0 <= args.temperature < 1e12, f"--temperature must be >= 0, got {args.temperature}")
+    need(1e-12 < args.top_p <= 1, f"--top-p must be above 0, at most 1, got {args.top_p}")
+    need(0 <= args.seed < 2**63, f"--seed must be 0 to 2**63 - 1, got {args.seed}")
+    need(args.chunk is None or args.chunk > 2, f"--chunk must be >= 3, got {args.chunk}")
     for question in args.ask:
         need(is_text(question), "--ask must be valid UTF-8")
     if args.load_cache:

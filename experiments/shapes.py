@@ -1,11 +1,12 @@
 """Published shapes of Llamas, and models of these shapes with random weights."""
 import torch
 
-from model import LLAMA3_ROPE, Config, Llama
+from extras.meta import LLAMA3_ROPE
+from model import Config, Llama
 from sentencekv import need
 
 LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, rope_theta=500000.0,
-              max_position_embeddings=131072)
+              rms_norm_eps=1e-5, max_position_embeddings=131072)
 LLAMA32 = dict(LLAMA3, rope_scaling={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True)
 SHAPES = {
     "llama-3.1-8b": dict(LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -16,7 +17,7 @@ SHAPES = {
                          num_attention_heads=24),
     "tiny": dict(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
                  num_attention_heads=4, num_key_value_heads=2, rope_theta=100000.0,
-                 tie_word_embeddings=True, max_position_embeddings=16384),
+                 rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=16384),
 }
 
 def random_llama(shape, device=None, dtype=None, seed=0, **changes):

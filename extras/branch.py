@@ -168,7 +168,7 @@ def truncate(cache, lengths):
         rebuild(cache, layer, rows, missing, first)
     cache.rows = rows
     cache.length = max(wanted)
-    cache.ranked = min(cache.settings.budget, cache.room)             # always enough
+    cache.top = min(cache.settings.budget, cache.room)             # always enough
     cache.next_layer = len(cache.layers)
 
 def lost_tokens(cache, layer):
@@ -240,7 +240,7 @@ def rebuild(cache, layer, rows, lost, first):
         last = len(count) - 1
         sentence = torch.arange(first[b], last + 1, device=device).repeat_interleave(again)
         new = kv[b, :, :len(sentence)]                                # (H, n, 2, d)
-        cache._append(layer, b, new, sentence, first[b], last)
+        cache._store(layer, b, new, sentence, first[b], last)
 
 def fetch_slots(pool, before, after):
     """The tokens in slots before[b] to after[b] - 1 of row b: (B, H, n, 2, d), on the device."""

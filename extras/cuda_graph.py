@@ -26,7 +26,7 @@ class GraphedStep:
         need(device.type == "cuda", f"a CUDA graph needs a CUDA device, the model is on {device}")
         self.model = model
         self.cache = cache
-        self.ranked = 0         # cache.ranked in the graph
+        self.top = 0         # cache.top in the graph
         self.inputs = None      # tensors that change with every step, see copy_inputs()
         self.graph = None
         self.logits = None      # (B, V), what the graph computes
@@ -62,8 +62,8 @@ class GraphedStep:
         """The layers of one step, after begin()."""
         cache, step = self.cache, self.cache.step
         self.copy_inputs(tokens, positions)
-        if cache.ranked != self.ranked:
-            self.ranked = cache.ranked
+        if cache.top != self.top:
+            self.top = cache.top
             self.captured = []
         tensors = self.tensors()
         if len(tensors) != len(self.captured) or any(

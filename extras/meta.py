@@ -3,21 +3,32 @@
 The model is the one of model.py. Meta's tensors have other names and another layout of the rotary
 pairs, and its params.json leaves some settings out.
 """
+import json
 import math
 import re
 from pathlib import Path
 
 import torch
 
-from model import LLAMA3_ROPE, SAFETENSORS, Config, Llama, assemble, blame, check, parse_json
+from model import DTYPES, Config, assemble, blame
 from sentencekv import need
+
+# Of Llama 3.1; Meta's files do not have it. Llama 3.2's factor is 32.
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def load_meta(path, device=None, dtype=None, progress=None):
     """Load a Meta checkpoint. Arguments and errors are those of Llama.from_pretrained."""
     path = Path(path)
-    config, tensors = read_meta(path)
-    model = assemble(Llama, config, tensors, path, meta_name, device, dtype, progress)
+    config, content = read_meta(path)
+    tensors = {}
+    with blame(path / "consolidated.00.pth"):
+        for name, tensor in content.items():
+            ours = model_name(name)
+            need(ours != name or name == "norm.weight", f"{name!r} is unexpected")
+            tensors[ours] = tensor
+        model = assemble(config, tensors, device, dtype, progress)
     for block in model.layers:
         from_meta_layout(block.self_attn.q_proj.weight, config.head_dim)
         from_meta_layout(block.self_attn.k_proj.weight, config.head_dim)
@@ -25,25 +36,25 @@ def load_meta(path, device=None, dtype=None, progress=None):
 
 
 def read_meta(path):
-    """A Meta directory -> (Config, {name in the file: (file, tensor)})."""
+    """A Meta directory -> (Config, {name in the file: tensor})."""
     file, params = path / "consolidated.00.pth", path / "params.json"
     need(not (path / "consolidated.01.pth").exists(),
          f"{path}: the checkpoint is split for several GPUs: use its Hugging Face version")
     with blame(params):
-        settings = parse_json(params.read_bytes())
+        settings = json.loads(params.read_bytes())
     with blame(file):
         # weights_only: no code in the file is run
         content = dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
         content.pop("rope.freqs", None)                     # recomputed
         rows = len(content["tok_embeddings.weight"])
     for name, t in content.items():
-        with blame(file, name):
+        with blame(f"{file}: {name!r}"):
             plain = isinstance(t, torch.Tensor) and t.is_cpu
-            need(plain and t.dtype in SAFETENSORS.values() and t.is_contiguous(),
+            need(plain and t.dtype in DTYPES.values() and t.is_contiguous(),
                  "is no plain tensor of float32, float16 or bfloat16")
     with blame(params):
         config = meta_config(settings, rows, tied="output.weight" not in content)
-    return config, {name: (file, t.detach()) for name, t in content.items()}
+    return config, {name: t.detach() for name, t in content.items()}
 
 
 PARAMS = {"dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
@@ -59,10 +70,10 @@ def meta_config(p, rows, tied):
     unknown = sorted(p.keys() - PARAMS)
     need(not unknown, f"{unknown[:1]} is unsupported")
     for name in ("dim", "n_heads", "multiple_of"):
-        check(name, p[name], int, 1, 2**24)
+        need(type(p[name]) is int and 0 < p[name] < 2**24, f"{name} cannot be {p[name]!r:.60}")
     width, multiple = p["dim"], p["multiple_of"]
     scaled = p.get("use_scaled_rope", False)
-    check("use_scaled_rope", scaled, bool, False, True)
+    need(type(scaled) is bool, f"use_scaled_rope cannot be {scaled!r:.60}")
     need(p.get("vocab_size", -1) in (-1, rows),
          f"vocab_size {p.get('vocab_size')!r:.60}, but tok_embeddings.weight has {rows} rows")
     is_llama32 = scaled and width < 4096
@@ -77,31 +88,32 @@ def meta_config(p, rows, tied):
         num_attention_heads=p["n_heads"],
         num_key_value_heads=p.get("n_kv_heads"),
         rms_norm_eps=p.get("norm_eps", 1e-5),
+        max_position_embeddings=4096,
         rope_theta=p.get("rope_theta", 10000.0),
         rope_scaling=rope_scaling if scaled else None,
         tie_word_embeddings=tied,
     )
 
 
-META_NAMES = {
-    "embed_tokens": "tok_embeddings",
-    "lm_head": "output",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
+NAMES = {
+    "tok_embeddings": "embed_tokens",
+    "output": "lm_head",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
 }
 
 
-def meta_name(name):
-    """A parameter's name in model.py -> its name in Meta's file."""
-    pattern = "|".join(map(re.escape, META_NAMES))
-    return re.sub(pattern, lambda match: META_NAMES[match[0]], name)
+def model_name(name):
+    """A tensor's name in Meta's file -> the parameter's name in model.py."""
+    pattern = "|".join(map(re.escape, NAMES))
+    return re.sub(pattern, lambda match: NAMES[match[0]], name)
 
 
 def from_meta_layout(weight, d):

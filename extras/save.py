@@ -4,7 +4,7 @@ The file has the layout of safetensors, so any reader of that format can look in
 
     tokens (B, T)             the text; -1 after the end of a shorter row
     prompt_end (B,)           number of tokens when the last prompt of the row ended
-    ranked (1,)               how many of the best sentences select() considers
+    top (1,)                  how many of the best sentences select() considers
     flags (bytes,)            sentence_flags(), as JSON
     layer.<l>.kv              (B, slots, H, 2, d), the host pool
     layer.<l>.count, ...      every tensor of the layer, see SentenceKV._new_layer()
@@ -24,12 +24,12 @@ from types import SimpleNamespace
 import torch
 
 from extras.branch import BranchPool, check_complete
-from model import SAFETENSORS, blame, parse_json, read_safetensors
+from model import DTYPES as WEIGHTS, blame, read_safetensors
 from sentencekv import (
     HostPool, Segmenter, SentenceKV, enough_sentences, need, sentence_flags)
 
 FORMAT = "sentencekv cache 4"
-DTYPES = {"I64": torch.int64, "F64": torch.float64, **SAFETENSORS, "U8": torch.uint8}
+DTYPES = {"I64": torch.int64, "F64": torch.float64, **WEIGHTS, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # ------------------------------------------------------------------------------------- save
@@ -111,7 +111,7 @@ def entries(cache):
     length = cache.length
     rows = [row.tokens + [-1] * (length - len(row.tokens)) for row in cache.rows]
     found = [entry("tokens", torch.tensor(rows)), entry("prompt_end", torch.tensor([row.prompt_end for row in cache.rows])),
-             entry("ranked", torch.tensor([cache.ranked])),
+             entry("top", torch.tensor([cache.top])),
              entry("flags", pack_flags(cache.flags))]
     for l, layer in enumerate(cache.layers):
         pool = layer.pool
@@ -195,15 +195,15 @@ def load(path, model, host_pool=HostPool):
         raise FileNotFoundError(f"{path}: no such file")
     need(path.is_file(), f"{path} is not a regular file")
     check_sum(path)
-    tensors = read_safetensors(path, DTYPES)
     with blame(path):
+        tensors = read_safetensors(path, DTYPES)
         with open(path, "rb") as file:
-            header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         about = header.get("__metadata__", {})
         need(about.get("format") == FORMAT, f"is no saved cache of this version ({FORMAT})")
         need(about.get("model") == fingerprint(model),
              "was saved with another model, other weights or another dtype")
-        settings = parse_json(about["settings"].encode())
+        settings = json.loads(about["settings"])
         return assemble(tensors, settings, model, host_pool)
 
 def check_sum(path):
@@ -237,9 +237,9 @@ def assemble(tensors, settings, model, host_pool):
     used = {tuple(layer.pool.used) for layer in cache.layers}
     observed = {layer.observed is None for layer in cache.layers}
     need(len(used) == len(observed) == 1, "the layers do not fit together")
-    cache.ranked = int(expect(tensors, "ranked", torch.int64, (1,)))
+    cache.top = int(expect(tensors, "top", torch.int64, (1,)))
     enough = max(enough_sentences(row.lengths, cache.settings.budget) for row in cache.rows)
-    need(enough <= cache.ranked <= cache.room, "ranked is wrong")
+    need(enough <= cache.top <= cache.room, "top is wrong")
     tensors.pop("sha256", None)
     need(not tensors, f"{[*tensors][:1]} is unexpected")
     cache.next_layer = len(cache.layers)

@@ -88,15 +88,15 @@ def test_a_text_without_a_question_is_continued(tmp_path, capsys):
 
 def test_every_setting_reaches_the_cache_and_the_models_generation(file, tiny, monkeypatch):
     given = ["--budget", "100", "--keep", "2", "--sink", "8", "--recent", "16", "--window", "9",
-             "--pool", "3", "--rank", "mean"]
+             "--max-pool", "3", "--rank", "mean"]
     args = options.parse(["--prompt-file", file, *given])
     model, tokenizer, _ = tiny
     talks = cli.make_conversations(args, model, tokenizer, torch.device("cpu"), compare=False)
     s = talks["SentenceKV"].cache.settings
-    assert (s.budget, s.keep, s.sink, s.recent, s.window, s.pool, s.rank) == (
+    assert (s.budget, s.keep, s.sink, s.recent, s.window, s.max_pool, s.rank) == (
         100, 2, 8, 16, 9, 3, "mean")
     paper = options.cache_settings(options.parse(["--paper", "--budget", "99"]))
-    assert (paper["keep"], paper["pool"], paper["budget"]) == (2, 7, 99)
+    assert (paper["keep"], paper["max_pool"], paper["budget"]) == (2, 7, 99)
     assert options.cache_settings(options.parse([])) == {"budget": 256}
     assert options.cache_settings(options.parse(["--sink", "0"])) == {"budget": 256, "sink": 0}
     assert options.cache_settings(options.parse(["--prompt-file", file])) == {}
@@ -390,7 +390,7 @@ def test_a_terminal_gets_a_prompt_and_no_echo(file, capsys, monkeypatch):
     (["--budget", "12"], r"budget 12 must exceed sink \+ recent = 12"),
     (["--keep", "0.5"], "keep must be"),
     (["--temperature", "-1"], "temperature must be"),
-    (["--top-p", "0"], "top_p must be"),
+    (["--top-p", "0"], "--top-p must be"),
     (["--chunk", "1"], "chunk must be"),
     (["--seed", "-1"], "seed must be"),
     (["--show", "-1"], "--show must be >= 0, got -1"),
@@ -536,7 +536,8 @@ def test_an_error_in_the_middle_is_one_line(file, monkeypatch, capsys):
         raise torch.OutOfMemoryError("out of memory\nsee the manual")
     monkeypatch.setattr(Llama, "prefill", broken)
     assert cli.main(["--prompt-file", file, "--ask", QUESTION, *CPU]) == 2
-    assert capsys.readouterr().err == "error: out of memory\n"
+    assert capsys.readouterr().err == (
+        "error: no device memory for so many tokens at once: set a smaller --chunk\n")
 
 def test_progress_is_shown_after_two_seconds(monkeypatch, capsys):
     for terminal, expected in ((True, "\rlayer 2 of 3\rlayer 3 of 3\n"), (False, "")):

@@ -14,13 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sentencekv
 from experiments.shapes import SHAPES, random_llama
-from extras.meta import load_meta, meta_config
-from model import (LINEAR_ROPE, LLAMA3_ROPE, Config, DenseKV, Llama, available_memory,
-                   huggingface_config, rope_frequencies, sample)
+from extras.check_memory import available_memory, check_memory
+from extras.meta import LLAMA3_ROPE, load_meta, meta_config
+from model import Config, DenseKV, Llama, huggingface_config, rope_frequencies, sample
 from sentencekv import SentenceKV, sentence_flags
 
 torch.set_num_threads(1)  # the tensors here are tiny: more threads only wait for each other
 MORE = int(os.environ.get("MORE", 1))  # MORE=20: longer fuzzing, by hand
+
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
 
 # --------------------------------------------------------------------------------- tools
 
@@ -178,14 +180,6 @@ def test_random_weights_are_those_of_their_seed():
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_mlp_in_slices_equals_the_whole(monkeypatch):
-    model = small_model()
-    tokens = tokens_of(model, 2, 50)
-    whole = all_logits(model, tokens)
-    monkeypatch.setattr(type(model.layers[0]), "SLICE", 7)
-    assert_same(all_logits(model, tokens), whole, 1e-5)
-
-
 def test_forward_can_be_trained():
     model = small_model().double().requires_grad_(True)
     tokens = tokens_of(model, 1, 9)
@@ -209,19 +203,19 @@ def test_a_context_beyond_what_the_model_was_made_for_gives_a_warning():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model.prefill(tokens_of(model, 1, 20), cache)
-        with pytest.warns(UserWarning, match="longer than the 20 tokens"):
+        with pytest.warns(UserWarning, match="longer than max_position_embeddings"):
             model(tokens_of(model, 1, 1), cache)
 
 
 @pytest.mark.parametrize("tokens, message", [
     (torch.zeros(3, 4, dtype=torch.long), "2 rows, got tokens for 3"),
-    (torch.zeros(2, 1), "float32"),
-    (torch.zeros(2, 0, dtype=torch.long), "at least 1"),
-    (torch.zeros(2, dtype=torch.long), "(2,)"),
-    ([[1, 2], [3, 4]], "list"),
-    (torch.zeros(2, 2, dtype=torch.bool), "bool"),
-    (torch.tensor([[0], [37]]), "37 is not in the vocabulary of 37"),
-    (torch.tensor([[0, 1], [-2, 3]]), "-2 is not"),
+    (torch.zeros(2, 1), "tokens must be int64 (B, T)"),
+    (torch.zeros(2, 0, dtype=torch.long), "tokens must be int64 (B, T)"),
+    (torch.zeros(2, dtype=torch.long), "tokens must be int64 (B, T)"),
+    ([[1, 2], [3, 4]], "tokens must be int64 (B, T)"),
+    (torch.zeros(2, 2, dtype=torch.bool), "tokens must be int64 (B, T)"),
+    (torch.tensor([[0], [37]]), "token ids must be -1 to 36"),
+    (torch.tensor([[0, 1], [-2, 3]]), "token ids must be -1 to 36"),
     (torch.tensor([[0, 1], [-1, 3]]), "-1 is padding"),
     (torch.tensor([[0, -1, 1]] * 2), "-1 is padding")], ids=str)
 def test_bad_tokens_are_refused_and_leave_the_cache_alone(tokens, message):
@@ -273,7 +267,7 @@ def test_dense_cache_long_prompt_in_query_slices():
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**31), st.integers(1, 4), st.sampled_from([None, 2, 7]))
+@given(st.integers(0, 2**31), st.integers(1, 4), st.sampled_from([None, 3, 7]))
 def test_uneven_rows_equal_each_row_alone(seed, B, chunk):
     """Prompts, follow-ups that some rows lack, and decode steps in which some rows idle."""
     rng, model, batch = random.Random(seed), small_model(seed % 9), DenseKV()
@@ -308,7 +302,7 @@ def test_truncate_forgets_the_end_and_says_what_it_can_do():
     tokens = tokens_of(model, 2, 20)
     model(tokens, cache)
     for wrong in (0, 21, [5], [5, 21], [5, 5.0], -3):
-        with pytest.raises(ValueError, match=r"truncate\(\) takes lengths from 1 to \[20, 20\]"):
+        with pytest.raises(ValueError, match=r"truncate\(\) takes 1 to \[20, 20\]"):
             cache.truncate(wrong)
     cache.truncate([7, 12])
     out = model(tokens[:, :2], cache)
@@ -337,9 +331,7 @@ def test_an_interrupted_forward_is_noticed_wherever_it_stops(new_cache, chunk):
     prompt, more = tokens_of(model, 2, 12), tokens_of(model, 2, 9, seed=1)
     steps = [(prompt, 0), (more, 12), (more[:, :1], 12)]
     for tokens, before in steps:
-        layers = 2 * (-(-tokens.shape[1] // chunk) if chunk else 1)
-        if chunk and tokens.shape[1] % chunk == 1 and tokens.shape[1] > 1:
-            layers -= 2
+        layers = 2 * math.ceil(tokens.shape[1] / (chunk or 99))
         for stop in range(1, layers + 1):
             cache = new_cache()
             if before:
@@ -362,7 +354,7 @@ def test_an_interrupted_forward_is_noticed_wherever_it_stops(new_cache, chunk):
                 continue
             text = prompt if before else prompt[:, :4]      # what all layers hold
             if not before and stop <= 2:
-                with pytest.raises(ValueError, match=r"truncate\(\) takes lengths"):
+                with pytest.raises(ValueError, match=r"truncate\(\) takes 1 to"):
                     cache.truncate(1)
                 continue
             cache.truncate(text.shape[1])
@@ -372,42 +364,40 @@ def test_an_interrupted_forward_is_noticed_wherever_it_stops(new_cache, chunk):
                 assert_same(model(each, cache), model(each, clean), 2e-5)
 
 
-def test_an_interruption_between_or_before_chunks_is_noticed(monkeypatch):
+@CACHES
+def test_an_interruption_between_or_before_chunks_is_noticed(new_cache, monkeypatch):
+    """Ctrl-C while begin() reads the tokens: before all chunks nothing has changed."""
     model = small_model()
-    tokens = tokens_of(model, 1, 9)
-    cache, forward = DenseKV(), model.forward
+    tokens, cache = tokens_of(model, 1, 9), new_cache()
+    begin = cache.begin
 
-    def second_fails(part, cache, **kwargs):
-        if cache.length:
-            raise KeyboardInterrupt                         # no forward is under way here
-        return forward(part, cache, **kwargs)
+    def interrupted(part):
+        if cache.length >= stop:
+            raise KeyboardInterrupt
+        return begin(part)
 
-    monkeypatch.setattr(model, "forward", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        model.prefill(tokens, cache, chunk=4)
+    for stop in (0, 3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cache, "begin", interrupted)
+            model.prefill(tokens, cache, chunk=4)
+        if stop == 0:
+            assert_same(model(tokens, cache), model(tokens, DenseKV()), 2e-5)
+            cache = new_cache()
+            begin = cache.begin
     with pytest.raises(ValueError, match="interrupted"):
-        forward(tokens, cache)
+        model(tokens, cache)
 
-    monkeypatch.undo()
-    cache = DenseKV()
+
+def test_a_begin_that_fails_changes_nothing(monkeypatch):
+    cache, model = DenseKV(), small_model()
+    tokens = tokens_of(model, 1, 5)
     model(tokens, cache)
-    monkeypatch.setattr(DenseKV, "begin", lambda *_: 1 / 0)
+    monkeypatch.setattr("builtins.zip", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model.prefill(tokens, cache, chunk=4)               # nothing has reached the cache
+        model(tokens, cache)
     monkeypatch.undo()
     twice = torch.cat((tokens, tokens), dim=1)
     assert_same(model(tokens, cache), all_logits(model, twice)[:, -1], 2e-5)
-
-
-def test_a_begin_that_fails_halfway_is_noticed(monkeypatch):
-    cache, model = DenseKV(), small_model()
-    model(tokens_of(model, 1, 5), cache)
-    monkeypatch.setattr("builtins.zip", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        cache.begin(tokens_of(model, 1, 3))
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="interrupted"):
-        model(tokens_of(model, 1, 3), cache)
 
 
 @CACHES
@@ -426,12 +416,15 @@ def test_prefill_in_inference_mode_and_generation_outside_of_it(new_cache):
 
 
 @pytest.mark.parametrize("T, chunk, pieces", [
-    (10, None, [10]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 2, [3]), (4, 9, [4]), (1, 4, [1]),
-    (5, 5, [5])])
+    (10, None, [10]), (10, 4, [4, 3, 3]), (9, 4, [3, 3, 3]), (4, 3, [2, 2]), (4, 9, [4]),
+    (1, 4, [1]), (5, 5, [5])])
 def test_prefill_cuts_a_prompt_so_that_no_piece_is_a_decode_step(T, chunk, pieces, monkeypatch):
     model, cache, seen, reports = small_model(), DenseKV(), [], []
     begin = cache.begin
     monkeypatch.setattr(cache, "begin", lambda t: seen.append(t.shape[1]) or begin(t))
+    if chunk:
+        with pytest.raises(ValueError, match="chunk must be None, or 3 or more"):
+            model(tokens_of(model, 1, T), cache, all_logits=True, chunk=chunk)
     tokens = tokens_of(model, 1, T)
     got = model.prefill(tokens, cache, chunk, lambda *report: reports.append(report))
     assert seen == pieces
@@ -463,18 +456,17 @@ def test_chunks_bound_the_largest_tensor(new_cache, monkeypatch):
     assert largest.bytes <= max(one_layer, scores) < T * 512 * 4 / 3    # less than hidden states
 
 
-def test_too_little_host_memory_is_noticed_before_the_prompt_is_computed(monkeypatch):
+def test_too_little_host_memory_for_a_prompt_is_noticed(monkeypatch):
     model = small_model()
     tokens = tokens_of(model, 2, 1000)
     size = 2 * 1000 * 2 * 2 * 2 * 4 * 4             # rows, tokens, layers, heads, K and V, d, bytes
     for cache in (DenseKV(), sentence_cache(budget=64)):
-        monkeypatch.setattr("model.available_memory", lambda: size - 1)
+        monkeypatch.setattr("extras.check_memory.available_memory", lambda: size - 1)
         with pytest.raises(MemoryError, match="take 0.0 GB of host memory, 0.0 GB are free"):
-            model.prefill(tokens, cache)
-        assert cache.length == 0
+            check_memory(model, tokens, cache)
         for free in (size, None):
-            monkeypatch.setattr("model.available_memory", lambda: free)
-            model.prefill(tokens, cache)
+            monkeypatch.setattr("extras.check_memory.available_memory", lambda: free)
+            check_memory(model, tokens, cache)
 
 
 def test_available_memory_is_what_the_system_says():
@@ -484,15 +476,6 @@ def test_available_memory_is_what_the_system_says():
     else:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         assert total / 1000 < free <= total
-
-
-def test_running_out_of_device_memory_names_the_setting_to_change(monkeypatch):
-    def fail(*args):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(Llama, "compute", fail)
-    model = small_model()
-    with pytest.raises(MemoryError, match="for 50 tokens at once: set a smaller chunk"):
-        model.prefill(tokens_of(model, 1, 80), DenseKV(), chunk=50)
 
 
 # --------------------------------------------------------------------------------- generate
@@ -515,7 +498,7 @@ def test_sampling_with_a_seed_is_repeatable():
 
 
 @pytest.mark.parametrize("top_p, kept", [
-    (1e-320, {0}), (0.1, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}),
+    (1e-12, {0}), (0.1, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}),
     (1.0, {0, 1, 2, 3})])
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(4000, 4)
@@ -589,14 +572,14 @@ def test_rows_that_finish_at_different_times_are_what_they_would_be_alone(new_ca
     ("max_new_tokens", -1), ("max_new_tokens", 1.5), ("max_new_tokens", None),
     ("temperature", -1), ("temperature", math.inf), ("temperature", math.nan),
     ("temperature", None), ("top_p", 0), ("top_p", 1.01), ("top_p", math.nan), ("top_p", None),
-    ("seed", -1), ("seed", 0.5), ("seed", 1 << 64), ("stop_ids", 2), ("stop_ids", None),
-    ("stop_ids", {1.5}), ("stop_ids", "2"), ("chunk", 1), ("chunk", 0), ("chunk", 2.0)])
-def test_generate_refuses_bad_arguments_at_the_call(name, value):
+    ("seed", 0.5), ("seed", 1 << 64), ("stop_ids", 2), ("stop_ids", None), ("stop_ids", {1.5}),
+    ("stop_ids", "2"), ("chunk", 2), ("chunk", 0)])
+def test_generate_refuses_bad_arguments_at_the_first_step(name, value):
     model, cache = small_model(), DenseKV()
-    with pytest.raises(ValueError, match=f"{name} must be"):
-        model.generate(tokens_of(model, 1, 3), cache, **{name: value})
+    with pytest.raises(ValueError, match=r"generate\(\): |chunk must be"):
+        next(model.generate(tokens_of(model, 1, 3), cache, **{name: value}))
     if name == "chunk":
-        with pytest.raises(ValueError, match="chunk must be int, 2 to"):
+        with pytest.raises(ValueError, match="chunk must be None, or 3 or more"):
             model.prefill(tokens_of(model, 1, 9), cache, chunk=value)
     assert cache.length == 0
 
@@ -769,7 +752,7 @@ def test_meta_round_trip_converts_the_rotary_layout(tmp_path, changes):
     tokens = tokens_of(got, 2, 30)
     assert torch.equal(all_logits(got, tokens), all_logits(model, tokens))
     assert load_meta(path, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
-    refuse(path, path, "a Meta checkpoint: use extras.meta.load_meta(path)")
+    refuse(path, "config.json is missing", "params.json", kinds=FileNotFoundError)
 
 
 def test_llama_3_1_in_metas_format_has_the_factor_8():
@@ -798,7 +781,7 @@ def test_configurations_of_all_ages_mean_the_same(tmp_path, scaling):
         write_json(path / "config.json", variant)
         assert vars(Llama.from_pretrained(path).config) == vars(model.config)
     write_json(path / "config.json", {**j, "rope_scaling": LINEAR_ROPE, "rope_parameters": new})
-    refuse(path, "rope_scaling and rope_parameters must be one and the same object")
+    refuse(path, "rope_scaling and rope_parameters differ")
     for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta"):
         j.pop(name)
     write_json(path / "config.json", j)
@@ -815,15 +798,9 @@ def test_mistral_is_loaded_where_its_window_is_not_shorter_than_the_context(tmp_
         assert vars(Llama.from_pretrained(path).config) == vars(model.config)
     for window in (499, "4096"):
         write_json(path / "config.json", {**j, "sliding_window": window})
-        refuse(path, path / "config.json", f"sliding_window = {window!r}")
+        refuse(path, path / "config.json", "sliding window" if window == 499 else "TypeError")
     write_json(path / "config.json", {**j, "max_position_embeddings": 4097})
-    refuse(path, "sliding_window = 4096 is shorter")        # Hugging Face's default
-    defaults = {"model_type": "mistral", "sliding_window": None, "vocab_size": 99,
-                "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1,
-                "num_attention_heads": 16}
-    c = huggingface_config(defaults)
-    assert (c.num_key_value_heads, c.max_position_embeddings) == (8, 131072)
-    assert (c.rms_norm_eps, c.rope_theta) == (1e-6, 10000.0)
+    refuse(path, "sliding window = 4096 < context")          # Hugging Face's default
 
 
 @pytest.mark.parametrize("wrong", [
@@ -838,10 +815,11 @@ def test_a_wrong_rope_scaling_is_refused(wrong):
 
 @pytest.mark.parametrize("changes, word", [
     ({"num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
-    ({"num_key_value_heads": 0}, "num_key_value_heads must be int"), ({"head_dim": 3}, "even"),
-    ({"head_dim": 2**23}, "huge"), ({"hidden_size": 2}, "head_dim must be int"),
-    ({"hidden_size": 12}, "even"), ({"rms_norm_eps": True}, "rms_norm_eps must be float"),
-    ({"tie_word_embeddings": 1}, "tie_word_embeddings must be bool")], ids=str)
+    ({"head_dim": 3}, "even"), ({"head_dim": 2**23}, "huge"), ({"hidden_size": 12}, "even"),
+    ({"hidden_size": "16"}, "Config: TypeError"), ({"num_attention_heads": 0}, "Config: Zero"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps or rope_theta is not > 0"),
+    ({"rms_norm_eps": None}, "NoneType")],
+    ids=str)
 def test_a_config_that_cannot_be_says_why(changes, word):
     with pytest.raises(ValueError, match=word):
         Config(**{**SMALL, **changes})
@@ -857,14 +835,15 @@ def test_safetensors_data_need_not_be_aligned(tmp_path, padding):
     assert torch.equal(Llama.from_pretrained(path).lm_head.weight, model.lm_head.weight)
 
 
+# What a lying entry of a safetensors header may be: None is no object at all.
 ENTRY = {
     "a key is missing": lambda e: e.pop("shape"), "not an object": None,
     "dtype unknown": {"dtype": "F8_E4M3"}, "dtype null": {"dtype": None},
     "dtype a list": {"dtype": ["F32"]}, "dtype lies": {"dtype": "F16"},
-    "negative shape": {"shape": [-16, -16]}, "open shape": {"shape": [-1, 16]},
-    "float shape": {"shape": [16.0, 16]}, "bool shape": {"shape": [True, 256]},
+    "negative shape": {"shape": [-16, -16]}, "float shape": {"shape": [16.0, 16]},
     "huge shape": {"shape": [1 << 62, 1 << 62]}, "endless shape": {"shape": [10 ** 99] * 99999},
     "zero shape": {"shape": [0, 16]}, "text shape": {"shape": "16"}, "no shape": {"shape": None},
+    "another shape": {"shape": [32, 8]}, "wide shape": {"shape": [True, 256]},
     "one offset": {"data_offsets": [0]}, "three offsets": {"data_offsets": [0, 1024, 2048]},
     "float offsets": {"data_offsets": [0.0, 1024.0]},
     "text offsets": {"data_offsets": ["0", "1024"]},
@@ -876,7 +855,7 @@ ENTRY = {
 
 
 @pytest.mark.parametrize("change", ENTRY)
-def test_a_lying_safetensors_entry_names_file_and_tensor(tmp_path, change):
+def test_a_lying_safetensors_entry_is_refused(tmp_path, change):
     model = small_model()
     path = write_hf(tmp_path / "m", model)
     header, data = safetensors_parts(hf_tensors(model))
@@ -886,7 +865,7 @@ def test_a_lying_safetensors_entry_names_file_and_tensor(tmp_path, change):
     else:
         header[Q] = "nonsense" if how is None else {**header[Q], **how}
     (path / "model.safetensors").write_bytes(pack(header, data))
-    refuse(path, "model.safetensors: '", "overlap" if change == "overlap" else Q)
+    refuse(path, path)
 
 
 def whole_files():
@@ -894,43 +873,44 @@ def whole_files():
     header, data = safetensors_parts(hf_tensors(small_model()))
     raw = json.dumps(header).encode()
     start = struct.pack("<Q", len(raw))
-    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    twice = raw[:-1] + b', "model.norm.weight": ' + json.dumps(empty).encode() + b"}"
-    extra = {**header, "model.extra\nname": empty}
+    twice = raw[:-1] + b', "model.norm.weight": ' + json.dumps(header[Q]).encode() + b"}"
+    extra = {**hf_tensors(small_model()), "model.extra\nname": torch.zeros(2)}
     tensors = hf_tensors(small_model())
     del tensors[Q]
     shared, fewer = safetensors_parts(tensors)
     shared[Q] = shared[Q.replace("1", "0")]
+    broken = "no safetensors file, or cut off"
     return {
-        "empty": (b"", "truncated"), "seven bytes": (b"1234567", "truncated"),
-        "only a length": (start, "truncated"), "half a header": (start + raw[:50], "truncated"),
-        "huge length": (b"\xff" * 8 + raw + data, "truncated"),
-        "length 0": (bytes(8) + raw + data, "header of 0"),
+        "empty": (b"", "model.safetensors"), "seven bytes": (b"1234567", broken),
+        "only a length": (start, broken), "half a header": (start + raw[:50], broken),
+        "huge length": (b"\xff" * 8 + raw + data, broken),
+        "length 0": (bytes(8) + raw + data, "JSON"),
         "short length": (pack(raw[:-9], raw[-9:] + data), "JSON"),
-        "data cut": (pack(raw, data[:-1]), "model."),
-        "data added": (pack(raw, data + b"x"), "end of file"),
-        "not UTF-8": (pack(b'{"\xff": 1}'), "UnicodeDecodeError"),
-        "a list": (pack(b"[1]"), "JSON object"),
-        "deep": (pack(b'{"a":' * 50000), "RecursionError"),
-        "a name twice": (pack(twice, data), "model.norm.weight"),
-        "shared bytes": (pack(shared, fewer), "overlap"),
-        "no tensors": (pack(b"{}"), "2 layers"),
-        "an extra tensor": (pack(extra, data), "model.extra\\nname"),
-        "big number": (pack(b'{"a": ' + b"9" * 5000 + b"}"), "model.safetensors"),
-        "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS")}
+        "data cut": (pack(raw, data[:-1]), "model.safetensors"),
+        "data added": (pack(raw, data + b"x"), "its tensors have"),
+        "not UTF-8": (pack(b'{"\xff": 1}', data), "Unicode"),
+        "a list": (pack(b"[1]", data), "model.safetensors"),
+        "deep": (pack(b'{"a":' * 50000, data), "RecursionError"),
+        "a name twice": (pack(twice, data), "model.safetensors"),
+        "a gap": (pack({n: e for n, e in header.items() if n != Q}, data), "is at byte"),
+        "shared bytes": (pack(shared, fewer), "is at byte"),
+        "no tensors": (pack(b"{}", b"x"), "its tensors have 0 bytes"),
+        "an extra tensor": (pack(*safetensors_parts(extra)), "Unexpected key", "model.extra"),
+        "big number": (pack(b'{"a": ' + b"9" * 5000 + b"}", data), "model.safetensors"),
+        "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs")}
 
 
 @pytest.mark.parametrize("case", whole_files())
 def test_a_damaged_safetensors_file_is_refused(tmp_path, case):
     path = write_hf(tmp_path / "m", small_model())
-    content, word = whole_files()[case]
+    content, word, *_ = whole_files()[case]
     (path / "model.safetensors").write_bytes(content)
     refuse(path, path, word)
 
 
 @pytest.mark.parametrize("how, word", [
-    ("missing", "is missing"), ("unexpected", "unexpected"), ("shape", "(16, 16)"),
-    ("transposed", "has shape")])
+    ("missing", "Missing key"), ("unexpected", "Unexpected key"), ("shape", "[16, 16]"),
+    ("transposed", "size mismatch"), ("spelled twice", "is there twice")])
 def test_every_tensor_is_accounted_for(tmp_path, how, word):
     model = small_model()
     path, tensors = write_hf(tmp_path / "m", model), hf_tensors(model)
@@ -938,12 +918,14 @@ def test_every_tensor_is_accounted_for(tmp_path, how, word):
     if how == "missing":
         del tensors[name]
     elif how == "unexpected":
-        name = "layers.1.self_attn.q_proj.weight"
-        tensors[name] = torch.zeros(1)
+        name = "layers.1.self_attn.q_proj.bias"
+        tensors[name] = torch.zeros(16)
+    elif how == "spelled twice":
+        tensors[name.removeprefix("model.")] = tensors[name] + 1
     else:
         tensors[name] = torch.zeros(16, 15) if how == "shape" else tensors[name].T
     write_tensors(path / "model.safetensors", tensors)
-    refuse(path, path, repr(name), word)
+    refuse(path, path, name.removeprefix("model."), word)
 
 
 def test_tied_embeddings_are_accepted_with_the_same_head_only(tmp_path):
@@ -957,58 +939,34 @@ def test_tied_embeddings_are_accepted_with_the_same_head_only(tmp_path):
     tensors["lm_head.weight"][3, 3] += 1
     write_tensors(path / "model.safetensors", tensors)
     refuse(path, "lm_head.weight", "differs")
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].half()
-    write_tensors(path / "model.safetensors", tensors)
-    refuse(path, "lm_head.weight")
 
 
-INDEX = {
-    "outside": ({Q: "../model.safetensors"}, "../model.safetensors"),
-    "absolute": ({Q: "/etc/passwd"}, "/etc/passwd"),
-    "backslash": ({Q: "..\\x.safetensors"}, "x.safetensors"),
-    "not text": ({Q: 5}, "index.json"), "other kind": ({Q: "model.bin"}, "model.bin"),
-    "empty name": ({Q: ""}, "index.json"), "nul": ({Q: "a\0.safetensors"}, "index.json"),
-    "null": ({Q: None}, "index.json"), "no such shard": ({Q: "model-7.safetensors"}, Q),
-    "wrong shard": ({Q: "model-00001-of-00003.safetensors",
-                     FIRST: "model-00002-of-00003.safetensors"}, FIRST)}
-
-
-@pytest.mark.parametrize("case", INDEX)
-def test_a_lying_index_is_refused(tmp_path, case):
-    path = write_hf(tmp_path / "m", small_model(), shards=3)
-    index = path / "model.safetensors.index.json"
-    j = json.loads(index.read_text())
-    j["weight_map"].update(INDEX[case][0])
-    write_json(index, j)
-    refuse(path, path, INDEX[case][1], kinds=(ValueError, FileNotFoundError))
-
-
-def test_a_tensor_in_two_shards_is_refused_and_so_is_an_index_without_map(tmp_path):
+def test_the_files_decide_which_tensors_there_are(tmp_path):
+    """The index says which tensor is in which file; it can only repeat what the files say."""
     model = small_model()
     path = write_hf(tmp_path / "m", model, shards=2)
     index, second = path / "model.safetensors.index.json", path / "model-00002-of-00002.safetensors"
     places = json.loads(index.read_text())["weight_map"]
+    for text in ("", '{"weight_map": null}', json.dumps({"weight_map": {Q: "../x.safetensors"}})):
+        index.write_text(text)
+        got = Llama.from_pretrained(path)
+        assert all(map(torch.equal, got.parameters(), model.parameters()))
     tensors = {n: t for n, t in hf_tensors(model).items() if places[n] == second.name}
     write_tensors(second, {**tensors, FIRST: torch.zeros(37, 16)})
-    refuse(path, second, FIRST)
+    refuse(path, second, "embed_tokens.weight is there twice")
     del tensors[Q]
     write_tensors(second, tensors)
-    refuse(path, path, Q)
-    maps = [f'{{"weight_map": {value}}}' for value in ("[]", "null", "{}")]
-    for text in ("", "{}", "[]", *maps):
-        index.write_text(text)
-        refuse(path, path)
+    refuse(path, path, "Missing key", Q.removeprefix("model."))
+    second.unlink()
+    refuse(path, path, "Missing key")
 
 
-FITS = ("num_hidden_layers", "hidden_size", "head_dim", "num_key_value_heads",
-        "num_attention_heads")
 CONFIG = {
     "vocab_size": ["37", None, 1 << 40], "hidden_size": [True, 0, 16.0, 17],
     "intermediate_size": [[]], "num_hidden_layers": [1 << 24, 1, -2],
     "num_attention_heads": [0, 3, 1 << 24], "num_key_value_heads": [3, 0, 4],
-    "head_dim": [3, 0, 1 << 24, 8], "rms_norm_eps": [0, math.nan, None, True],
-    "rope_theta": ["1e4", math.inf, -1, 1e-300], "tie_word_embeddings": ["false", None],
-    "max_position_embeddings": [-1], "model_type": ["qwen2", None, ["llama"]],
+    "head_dim": [3, 1 << 24, 8], "rms_norm_eps": [0, math.nan, None], "rope_theta": ["1e4", -1],
+    "tie_word_embeddings": ["false", True], "model_type": ["qwen2", None, ["llama"]],
     "hidden_act": ["gelu"], "attention_bias": [True], "mlp_bias": [True],
     "quantization_config": [{"bits": 4}], "partial_rotary_factor": [0.5],
     "rope_scaling": [
@@ -1017,8 +975,8 @@ CONFIG = {
         {"rope_type": ["llama3"]}, {"type": "linear"}, {"type": "linear", "factor": "4"},
         {"type": "linear", "factor": 4.0, "hidden_size": 16}],
     "rope_parameters": [
-        {"full_attention": {"rope_type": "llama3"}}, {"rope_type": "default", "rope_theta": 0},
-        [1]]}
+        {"full_attention": {"rope_type": "llama3"}}, [1],
+        {"rope_type": "default", "partial_rotary_factor": 0.5}]}
 
 
 @pytest.mark.parametrize("name", CONFIG)
@@ -1027,14 +985,13 @@ def test_a_wrong_config_is_refused(tmp_path, name):
     j = json.loads((path / "config.json").read_text())
     for value in CONFIG[name]:
         write_json(path / "config.json", {**j, name: value})
-        possible = name in FITS and type(value) is int and value > 0    # but not these weights'
-        refuse(path, path, *([] if possible else ["config.json", name.split("_")[0]]))
+        refuse(path, path)
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "model_type")
     if name in required:
         del j[name]
         write_json(path / "config.json", j)
-        refuse(path, "config.json", name if name == "model_type" else f"missing field '{name}'")
+        refuse(path, "config.json", name)
 
 
 @pytest.mark.parametrize("text", [
@@ -1047,25 +1004,20 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
 
 def test_files_that_are_missing_or_unsupported_are_named(tmp_path):
     both = (ValueError, FileNotFoundError)
-    refuse(tmp_path, tmp_path, "config.json", kinds=FileNotFoundError)
+    refuse(tmp_path, tmp_path, "config.json is missing", kinds=FileNotFoundError)
     refuse(tmp_path / "nowhere", tmp_path, kinds=FileNotFoundError)
     path = write_hf(tmp_path / "m", small_model())
     (path / "model.safetensors").unlink()
     refuse(path, path / "model.safetensors", kinds=FileNotFoundError)
     for name in ("pytorch_model.bin", "model.gguf", "consolidated.00.pth"):
         (path / name).write_bytes(b"x")
-        refuse(path, name, "unsupported", kinds=FileNotFoundError)
+        refuse(path, "model.safetensors is missing", name, kinds=FileNotFoundError)
         (path / name).unlink()
-    (tmp_path / "model.gguf").write_bytes(b"x")
-    refuse(tmp_path, "model.gguf", "unsupported", kinds=FileNotFoundError)
     (path / "model.safetensors").mkdir()
     refuse(path, "model.safetensors", kinds=both)
     (path / "config.json").unlink()
     (path / "config.json").mkdir()
     refuse(path, "config.json", kinds=both)
-    sharded = write_hf(tmp_path / "sharded", small_model(), shards=2)
-    (sharded / "model-00002-of-00002.safetensors").unlink()
-    refuse(sharded, "model-00002-of-00002.safetensors", kinds=FileNotFoundError)
     meta = write_meta(tmp_path / "meta", small_model())
     (meta / "consolidated.00.pth").unlink()
     refuse(meta, "consolidated.00.pth", kinds=FileNotFoundError, load=load_meta)
@@ -1088,9 +1040,9 @@ def test_code_in_a_pth_file_does_not_run(tmp_path, monkeypatch):
 
 WQ = "layers.1.attention.wq.weight"
 META = {
-    "value is no tensor": ({WQ: [1, 2]}, WQ), "name is no text": ({5: torch.zeros(1)}, "5"),
+    "value is no tensor": ({WQ: [1, 2]}, WQ), "name is no text": ({5: torch.zeros(1)}, "int"),
     "integers": ({WQ: torch.zeros(16, 16, dtype=torch.int32)}, WQ),
-    "shape": ({WQ: torch.zeros(16, 15)}, WQ), "a vector": ({WQ: torch.zeros(16)}, WQ),
+    "shape": ({WQ: torch.zeros(16, 15)}, "q_proj"), "a vector": ({WQ: torch.zeros(16)}, "q_proj"),
     "far larger than its memory": ({WQ: torch.zeros(1, 1).expand(16, 16)}, WQ),
     "sparse": ({WQ: torch.zeros(16, 16).to_sparse()}, WQ),
     "on no device": ({WQ: torch.zeros(16, 16, device="meta")}, WQ),
@@ -1141,15 +1093,14 @@ def damage(rng, raw):
 
 
 def test_random_damage_is_refused_or_harmless(tmp_path):
-    """Of the header, the index and the config: the right error, or the same weights."""
+    """Of the header and the config: the right error, or the same weights."""
     rng, model, rounds = random.Random(0), small_model(), 100 * MORE
     single = write_hf(tmp_path / "one", model)
-    sharded = write_hf(tmp_path / "many", model, shards=3)
     header, data = safetensors_parts(hf_tensors(model))
-    index, config = sharded / "model.safetensors.index.json", single / "config.json"
+    config = single / "config.json"
     targets = [
         (single / "model.safetensors", json.dumps(header).encode(), lambda raw: pack(raw, data)),
-        (index, index.read_bytes(), bytes), (config, config.read_bytes(), bytes)]
+        (config, config.read_bytes(), bytes)]
     for file, good, make in targets:
         whole, refused = file.read_bytes(), 0
         for _ in range(rounds):

@@ -59,7 +59,7 @@ def simulate(model, method, prompt, new):
 SETTINGS = [
     *({"rank": rank} for rank in RANKS),
     {"max_sentence": 5, "recent": 7, "sink": 0},
-    {"rank": PAPER["rank"], "keep": 2, "window": 16, "pool": 7},
+    {"rank": PAPER["rank"], "keep": 2, "window": 16, "max_pool": 7},
 ]
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -1,5 +1,6 @@
 """The adapter for Hugging Face's transformers: generate() with a SentenceCache."""
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from extras.transformers_cache import (  # noqa: E402
     SentenceCache, flags_of, undo_sentencekv, use_sentencekv)
 from model import Config, Llama  # noqa: E402
 from sentencekv import SentenceKV  # noqa: E402
+from train_tiny import story  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 
+TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
 V, PAD, EOS = 96, 0, 2
 FLAGS = [[b" a", b".", b" The", b"x"][i % 4] for i in range(V)]
 SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -159,6 +162,28 @@ def test_prompts_in_chunks_samples_and_streams(llama):
     streamer = Streamer()
     new = say(llama, [text(41)], SentenceCache(FLAGS), streamer=streamer)
     assert streamer.tokens == [*text(41).tolist(), *new[0].tolist(), "end"]
+
+def test_a_pipeline_answers_from_one_cache_and_goes_on_with_it():
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"))
+    ask = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text, facts = story(600, seed=5)
+    use_sentencekv(model)
+    cache = SentenceCache(flags_of(tokenizer), budget=64)
+    for question, answer in facts[:2]:
+        text += question
+        said = ask(text, max_new_tokens=len(tokenizer(answer)["input_ids"]), do_sample=False,
+                   past_key_values=cache)[0]["generated_text"]
+        assert said == text + answer
+        assert cached(cache)[0] == tokenizer(said)["input_ids"][:-1]
+        text = said
+
+def test_several_samples_of_one_prompt_fill_one_cache(llama):
+    cache = SentenceCache(FLAGS, budget=128)
+    torch.manual_seed(0)
+    said = say(llama, [text(30)], cache, do_sample=True, num_return_sequences=3)
+    assert said.shape == (3, 8) and len(set(map(tuple, said.tolist()))) == 3
+    assert cached(cache) == [[*text(30).tolist(), *row[:-1]] for row in said.tolist()]
 
 def test_padding_after_the_end_of_a_row_is_forgotten_when_the_mask_hides_it(llama):
     cache = SentenceCache(FLAGS, budget=128)

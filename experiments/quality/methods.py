@@ -171,7 +171,7 @@ class Sentences(Method):
             kept = torch.arange(keys.shape[1])
             if count < n:
                 queries = self.recording.queries[layer][:, -s.window:]             # (Hq, window, d)
-                alpha = importance(queries, keys[:, :n], s.pool)
+                alpha = importance(queries, keys[:, :n], s.max_pool)
                 near = self.near_at(self.position[:1] - 1).squeeze(0)       # (S,)
                 alpha = alpha.masked_fill(near[self.sentence[:n]], float("inf"))
                 kept = torch.cat((survivors(alpha, count), kept[n:]))
@@ -230,7 +230,7 @@ def methods(flags):
         return kind(flags, budget=budget, max_sentence=min(64, third), **settings)
 
     def paper(budget):
-        settings = {name: PAPER[name] for name in ("rank", "keep", "recent", "window", "pool")}
+        settings = {name: PAPER[name] for name in ("rank", "keep", "recent", "window", "max_pool")}
         return whole(budget, **settings)
     return {
         "SentenceKV": lambda budget: Sentences(flags, budget=budget),

@@ -1,10 +1,11 @@
 """Generation with a real checkpoint, end to end: dense, SentenceKV, and the transformers library.
 
-    python -m experiments.speed.checkpoint DIR      8K tokens of this project's documents
+    python -m experiments.speed.checkpoint DIR      4K and 8K tokens of this project's documents
 
 Each variant computes the same prompt once; then all take turns at decode steps. The last 256 of
-the tokens are left for these. The transformers library (its dense cache) is measured if it is
-installed; this project does not need it. Figures are medians with the quartiles in brackets.
+the tokens are left for these. A model of the transformers library is measured if it is installed:
+with its dense cache, with its offloaded cache (CUDA only), and with SentenceKV as its cache.
+Figures are medians with the quartiles in brackets; bytes are those of the cache at the end.
 """
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from experiments.speed.filled import names_on, sentence_variants
 from experiments.speed.parts import parts_of
 from experiments.svg import short
 from extras.cuda_graph import GraphedStep
+from extras.zero_copy import best_pool
 from model import DenseKV, Llama
 from sentencekv import SentenceKV, Settings, need, sentence_flags
 from tokenizer import Tokenizer
@@ -33,11 +35,11 @@ def prompt(tokenizer, n):
     return torch.tensor([ids[:n]])
 
 def our_steps(model, tokens, flags, budget, presets):
-    """{name: a function that decodes one token -> ids (1,)}; its first call computes the prompt."""
+    """{name: (step, cache)}. step() decodes one token, its first call computes the prompt."""
     def steps(cache, name):
         graph = GraphedStep(model, cache) if name.endswith(", graph") else None
         ids = model.generate(tokens, cache, STEPS, step=graph)
-        return lambda: next(ids)
+        return lambda: next(ids), cache
 
     found = {"dense": steps(DenseKV(), "dense")}
     wanted = names_on(tokens.device, presets)
@@ -46,31 +48,53 @@ def our_steps(model, tokens, flags, budget, presets):
             found[name] = steps(SentenceKV(flags, host_pool=pool, **settings), name)
     return found
 
-def their_step(directory, tokens, dtype):
-    """The same for the transformers library; None if it is not installed."""
+def their_steps(directory, tokens, dtype, budget):
+    """The same for a model of the transformers library; {} if it is not installed."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+        from extras.transformers_cache import SentenceCache, flags_of, use_sentencekv
     except ImportError:
-        return None
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(tokens.device)
-    state = dict(input_ids=tokens, past_key_values=None)
+        print("  transformers is left out: it is not installed", flush=True)
+        return {}
+    def steps(cache, prepare=lambda model: None):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(tokens.device)
+        prepare(model)
+        ids = tokens
 
-    @torch.no_grad()
-    def step():
-        out = model(**state, use_cache=True, logits_to_keep=1)
-        ids = out.logits[:, -1].argmax(-1)                            # (1,)
-        state.update(input_ids=ids[:, None], past_key_values=out.past_key_values)
-        return ids
-    return step
+        @torch.no_grad()
+        def step():
+            nonlocal ids
+            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = out.logits[:, -1:].argmax(-1)                       # (1, 1)
+            return ids
+        return step, cache
+
+    flags = flags_of(AutoTokenizer.from_pretrained(directory))
+    pool = best_pool(tokens.device)
+    found = {"dense, transformers": steps(DynamicCache())}
+    if tokens.device.type == "cuda":
+        found["dense offloaded, transformers"] = steps(DynamicCache(offloading=True))
+    found["SentenceKV, transformers"] = steps(
+        SentenceCache(flags, budget=budget, host_pool=pool), use_sentencekv)
+    return found
 
 def all_steps(directory, model, tokens, flags, budget, presets=(Settings().rank, "paper")):
-    """Ours, and theirs if there are any. presets: see variants()."""
+    """{name: (step, cache)}: ours, and theirs if there are any. presets: see variants()."""
     found = our_steps(model, tokens, flags, budget, presets)
-    theirs = their_step(directory, tokens, model.embed_tokens.weight.dtype)
-    if theirs:
-        found["dense, transformers"] = theirs
-    else:
-        print("  transformers is left out: it is not installed", flush=True)
+    found.update(their_steps(directory, tokens, model.embed_tokens.weight.dtype, budget))
+    return found
+
+def cache_bytes(cache):
+    """{"device": bytes, "host": bytes} of a cache of this project or of transformers."""
+    if hasattr(cache, "memory"):
+        return cache.memory()
+    if hasattr(cache, "kv"):
+        return cache.kv.memory()
+    found = {"device": 0, "host": 0}
+    for layer in cache.layers:                      # on a CPU, all of it counts as the device's
+        for x in (layer.keys, layer.values):
+            offloaded = getattr(cache, "offloading", False) and x.device.type == "cpu"
+            found["host" if offloaded else "device"] += x.nbytes
     return found
 
 def measure(options, report):
@@ -83,16 +107,19 @@ def measure(options, report):
         need(options.rounds + 30 <= STEPS, f"--rounds must be at most {STEPS - 30}")
         tokens = prompt(tokenizer, n - STEPS).to(options.device)
         print(f"\n{short(n)} tokens, of which {STEPS} are for decode steps", flush=True)
-        steps = all_steps(options.directory, model, tokens, flags, options.budget,
+        found = all_steps(options.directory, model, tokens, flags, options.budget,
                           options.variants)
+        steps = {name: step for name, (step, _) in found.items()}
         prefill = {name: timed(step, options.device) for name, step in steps.items()}
         variants = {name: Variant(step) for name, step in steps.items()}
         times, _ = interleaved(variants, options.rounds, options.device)
         for name, t in times.items():
             ms = median(t)
+            held = {place: size / 1e6 for place, size in cache_bytes(found[name][1]).items()}
             note = (f"{1e3 / ms:7.2f} tokens/s, {median(times['dense']) / ms:5.2f} x dense; "
-                    f"prefill {prefill[name] / 1e3:.2f} s")
-            report.add(n, name, t, note, prefill_ms=prefill[name])
+                    f"prefill {prefill[name] / 1e3:.2f} s; cache {held['device']:.2f} MB on the "
+                    f"device, {held['host']:.2f} MB in host memory")
+            report.add(n, name, t, note, prefill_ms=prefill[name], cache_mb=held)
         for name in steps if options.parts else []:
             if not name.endswith((", graph", "transformers")):        # invisible to the timers
                 report.parts(n, name, *parts_of(steps[name], options.device))
@@ -104,7 +131,7 @@ def load(directory, device, dtype):
 
 def main(argv=None):
     """The command; argv: its arguments. Returns the exit status."""
-    return command.run(measure, argv, __doc__, lengths="8K", rounds=40,
+    return command.run(measure, argv, __doc__, lengths="4K,8K", rounds=40,
                        presets=(Settings().rank, "paper"), quick=dict(lengths="1K", rounds=2))
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from experiments.speed.clock import is_cuda, wait
 from experiments.speed.dense import SPARE, Dense, Offloaded, folded, matmul
 from extras.cuda_graph import GraphedStep
 from extras.zero_copy import best_pool
-from model import Config, Llama, available_memory
+from extras.check_memory import available_memory
+from model import Config, Llama
 from sentencekv import PAPER, RANKS, HostPool, SentenceKV, Settings, sentence_flags
 
 DEFAULT = f"SentenceKV, {Settings().rank}"

@@ -14,7 +14,7 @@ from experiments.speed.gpu_correct import (checkpoint_tokens, fetched, graph_tok
 from experiments.speed.parts import Parts, parts_of
 from experiments.svg import short
 from extras.zero_copy import best_pool, works
-from model import available_memory
+from extras.check_memory import available_memory
 from sentencekv import RANKS, SentenceKV, sentence_flags
 
 def bandwidth(options):
@@ -180,7 +180,8 @@ def checkpoint(options):
     model, tokenizer = load(options.checkpoint, "cuda", torch.bfloat16)
     n = min(SIZES.short, model.config.max_position_embeddings) - 256
     flags, tokens = sentence_flags(tokenizer.token_bytes), prompt(tokenizer, n).cuda()
-    steps = all_steps(options.checkpoint, model, tokens, flags, SIZES.budget)
+    found = all_steps(options.checkpoint, model, tokens, flags, SIZES.budget)
+    steps = {name: step for name, (step, _) in found.items()}
     ms, peaks = {}, {}
     for name, step in steps.items():
         torch.cuda.reset_peak_memory_stats()

@@ -17,7 +17,7 @@ from experiments.speed.filled import (decoding, memory_needed, names_on, random_
                                       whole_model)
 from experiments.speed.parts import parts_of
 from experiments.svg import short
-from model import available_memory
+from extras.check_memory import available_memory
 
 def measure_length(model, n, options, report):
     """Measure all variants on n tokens."""

@@ -26,7 +26,7 @@ PARTS = [
     (model, "causal_attention", "attention"),
     (Dense, "attend", "attention"),
     (Offloaded, "attend", "attention"),
-    (SentenceKV, "_append", "append: vectors"),
+    (SentenceKV, "_store", "append: vectors"),
     (HostPool, "append", "append: pool"),
     (DenseKV, "attend", "append: pool"),
     (HostPool, "read", "reading back"),

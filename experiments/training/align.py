@@ -39,6 +39,7 @@ class AligningCache:
     tokens   (B, L) the documents; weights (B, L) of the loss, VALUE where a value is predicted
     flags    sentence_flags of the tokenizer
     """
+    length = 0
 
     def __init__(self, cache, tokens, weights, flags):
         self.cache = cache
