@@ -8,14 +8,14 @@ import torch
 import sentencekv
 
 class MyBall:
-    """The keys of a sentence as a ball: mean key m and radius r, the rms distance from the mean.
+    """The keys of a sentence as a ball: mean key m and radius R, the rms distance from the mean.
 
     features  (..., d) -> (..., d + 1): what one key contributes; contributions are summed
-    vector    the sum over n keys -> (..., d + 1): m and r. Rounding must not make r NaN.
+    vector    the sum over n keys -> (..., d + 1): m and R. Rounding must not make R NaN.
     score     q, query_mean (B, H, G, d), vectors (B, H, S, d + 1), candidates (B, S) -> (B, H, S)
 
     x is halfway between a query and its mean query, divided by sqrt(d). The center of a ball has
-    the logit x . m, its edge has x . m + |x| r. Both become probabilities by a softmax over the
+    the logit x . m, its edge has x . m + |x| R. Both become probabilities by a softmax over the
     candidates. The score of a sentence is the sum of both, over the G queries of the group.
     """
 

@@ -39,10 +39,10 @@ def test_whole_sentences_are_kept_by_score_as_long_as_they_fit():
     assert whole_sentences([2.0, 2.0, 2.0], [3, 3, 3], 7) == [True, True, False]
 
 @pytest.mark.parametrize("T", [2, 40, 200])
-@pytest.mark.parametrize("keep, pool", [(1, 1), (1.7, 3)])
-def test_the_cache_keeps_exactly_these_sentences(T, keep, pool):
+@pytest.mark.parametrize("keep, max_pool", [(1, 1), (1.7, 3)])
+def test_the_cache_keeps_exactly_these_sentences(T, keep, max_pool):
     random = torch.Generator().manual_seed(T)
-    setting = dict(window=4, budget=30, recent=5, max_sentence=7, keep=keep, pool=pool)
+    setting = dict(window=4, budget=30, recent=5, max_sentence=7, keep=keep, max_pool=max_pool)
     cache = WholeSentences(FLAGS, **setting)
     tokens = (torch.rand(2, T + 1, generator=random) < 0.25).long()
     q, k = (3 * torch.randn(2, h, T + 1, 8, generator=random) for h in (4, 2))
@@ -54,7 +54,7 @@ def test_the_cache_keeps_exactly_these_sentences(T, keep, pool):
         kept = torch.ones(T + 1, dtype=torch.bool)
         n = int(30 * keep)
         if T > n:
-            alpha = importance(q[b, :, T - 4:T], k[b, :, :T], pool)
+            alpha = importance(q[b, :, T - 4:T], k[b, :, :T], max_pool)
             score = [float(alpha[sentence[:T] == s].mean()) for s in range(sentence[T - 1] + 1)]
             for s in (0, *sentence[T - 5:T].tolist()):
                 score[s] = float("inf")
