@@ -96,8 +96,7 @@ def fork(cache):
     """A second cache with the same content, which goes on independently of the first.
 
     They share what the host pools hold; device memory is copied. memory() of a fork counts the
-    host memory that it does not share. Raises ValueError for a cache that is empty or was
-    interrupted.
+    host memory that it does not share. Raises ValueError for a cache that was interrupted.
     """
     if isinstance(cache, SentenceKV) and not cache.rows:
         return copy.deepcopy(cache)

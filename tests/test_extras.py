@@ -373,8 +373,9 @@ def test_truncate_says_what_it_can_do():
     model, cache = toy_model(), toy_cache()
     with pytest.raises(ValueError, match="needs a cache that holds a prompt"):
         truncate(cache, 1)
-    with pytest.raises(ValueError, match=r"fork\(\) needs a cache that holds a prompt"):
-        fork(cache)
+    twin = fork(cache)                              # an empty cache has an empty fork
+    model(torch.ones(2, 9, dtype=torch.long), twin)
+    assert twin.length == 9 and cache.length == 0 and not cache.layers
     model(torch.ones(2, 20, dtype=torch.long), cache)
     for wrong in (0, 21, [5], [5, 21], [5, 5.0], -3, None, True, "5", torch.tensor(5)):
         with pytest.raises(ValueError, match=r"truncate\(\) takes lengths from \[1, 1\] to \[20"):
