@@ -54,7 +54,6 @@ const upperHalf = x => new Float32Array(Uint32Array.of(x << 16).buffer)[0];   //
 const percent = x => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + "%";
 const sum = list => list.reduce((total, x) => total + x, 0);
 const wholeOf = s => run.sentences[s]?.[1];
-
 /* One fetch as an object; `set` is what it takes with the chosen part of the budget. */
 function read(fetch) {
   const masses = run.dense ? data.dense_mass.length / sets.length : 0;
@@ -96,7 +95,6 @@ function compute() {
 }
 
 const isNear = s => s === 0 || (s >= view.oldest && start[s] <= view.position);
-
 /* How bright each sentence is, 0 to 1; 0: not fetched or, for the dense cache, ignored. */
 function brightness() {
   const {count, attention, dense} = view;
@@ -179,11 +177,13 @@ function showSummary() {
   const {fetches, count} = view, n = fetches.length, token = tokens[state.token].textContent;
   const far = count.filter((x, s) => x > 0 && !isNear(s)), each = Math.round(sum(far) / n);
   const who = n === 1 ? "this KV head fetched" : `each of ${n} KV heads fetched about`;
-  let text = `To predict “${token}”, ${who} ${each} of ${S} sentences`;
+  let text = `To predict “${token}”, ${who} ${each} of ${S} sentences and pieces`;
   if (n > 1) text += `, ${far.length} different ones`;
-  if (state.part > 1) text += "; a double line marks what is lost with less budget";
-  else if (run.dense) text += `. Dense attention gives ${percent(mean("covered") / 1e4)} ` +
-    "of its weight to what a head attended to";
+  const full = view.full.filter((x, s) => x > 0 && !isNear(s)).length;
+  const least = percent(Math.min(...fetches.map(({number}) => data.covered?.[number])) / 1e4);
+  if (state.part > 1) text += `; ${full - far.length} of ${full} are lost, if no query changes`;
+  else if (run.dense) text += ". In the dense cache, what a head attended to has " +
+    percent(mean("covered") / 1e4) + " of its weight" + (n > 1 ? ` (mean), at least ${least}` : "");
   if (n === 0) text = `“${token}” comes from the prefill: exact attention, nothing is fetched`;
   element("now").textContent = `token ${state.token + 1} of ${tokens.length}`;
   element("summary").textContent = text + ".";
@@ -209,8 +209,8 @@ function showSentence() {
   const rows = taken.map(fetch => [fetch.number, fetch.entries.find(entry => entry.s === s)]);
   rows.sort(([, a], [, b]) => (b?.attention ?? 0) - (a?.attention ?? 0));
   element("quote").textContent = spans[s].textContent;
-  element("facts").textContent = `Number ${s}, ${n} tokens from position ${start[s]}. Taken by ` +
-    `${taken.length} of ${view.fetches.length} heads` + (near ? ", always attended to" : "") +
+  element("facts").textContent = `Number ${s} (from 0), ${n} tokens from position ${start[s]}. ` +
+    `Fetched by ${taken.length} of ${view.fetches.length} heads` + (near ? ", always" : "") +
     (dense ? `; dense attention: up to ${percent(dense)}.` : ".");
   element("rows").replaceChildren();
   for (const [number, entry] of rows) {

@@ -131,11 +131,11 @@ def memory(talk, dense):
     """Where keys, values and vectors are: rows of a table."""
     size = talk.cache.memory()
     vectors = sum(layer.vectors.nbytes for layer in talk.cache.layers)
-    rows = [("keys and values", "host", size["host"]),
+    rows = [("keys and values, with room to grow", "host", size["host"]),
             ("semantic vectors", "device", vectors),
-            ("what a step attends to, and the rest", "device", size["device"] - vectors)]
+            ("what a step attends to, and tables", "device", size["device"] - vectors)]
     if dense is not None:
-        rows.append(("dense: keys and values", "device", dense.cache.memory()["device"]))
+        rows.append(("for comparison: a dense cache", "device", dense.cache.memory()["device"]))
     return "".join(f"<tr><td>{what}<td>{where}<td>{size / 1e6:.2f} MB</tr>"
                    for what, where, size in rows)
 

@@ -77,7 +77,7 @@ def draw(path):
     lengths[-1] -= 1                                                  # the token itself is the last
     start = [sum(lengths[:s]) for s in range(len(lengths))]
     near = {0, len(lengths) - 1}
-    order = [*fetched]
+    far = [s for s in fetched if s not in near]
     drawing = Drawing()
     drawing.text(LEFT, 22, "Host memory: keys and values of all tokens, by sentence", "bold")
     for s, n in enumerate(lengths):
@@ -89,8 +89,8 @@ def draw(path):
         drawing.path("line", f"M{x + 3} 66v5H{x + WIDE * n - 3}v-5M{middle} 71v16")
         drawing.text(middle, 102, f"sentence {s}" if n > 1 else "sink", "soft", "middle")
         x_mean, y_mean = cache.layers[0].vectors[0, 0, s].tolist()
-        rank = f"rank {order.index(s) + 1}"
-        vector = f"mean key ({x_mean:g}, {y_mean:g}), score {score[s]:.1f}"
+        rank = "" if s in near else f"rank {far.index(s) + 1}"
+        vector = f"mean key ({x_mean:g}, {y_mean:g}), q . mean / \u221ad = {score[s]:.1f}"
         drawing.text(middle, 122, "always" if s in near else vector, "", "middle")
         drawing.text(middle, 142, rank, "", "middle")
     draw_attended(drawing, fetched, start, near)
@@ -100,14 +100,15 @@ def draw_attended(drawing, fetched, start, near):
     """The places of the budget, in the order of the ranks."""
     title = f"Device: one fetch fills the budget of {BUDGET} tokens, best rank first"
     drawing.text(LEFT, 188, title, "bold")
-    place = 0
+    place, far = 0, [s for s in fetched if s not in near]
     for s, n in fetched.items():
         x = LEFT + WIDE * place
         for i in range(n):
             kind = "near" if s in near else "far"
             drawing.box(x + WIDE * i, 216, WIDE, kind, WORDS[start[s] + i])
         middle = x + WIDE * n / 2
-        drawing.text(middle, 258, f"rank {[*fetched].index(s) + 1}", "soft", "middle")
+        rank = "always" if s in near else f"rank {far.index(s) + 1}"
+        drawing.text(middle, 258, rank, "soft", "middle")
         drawing.path("arrow", f"M{middle} 198v12m-4 -5l4 5l4 -5")
         place += n
     x = LEFT + WIDE * (BUDGET - 1)

@@ -565,8 +565,8 @@ def test_a_sentence_tells_who_took_it(browser, written, tiny):
     facts = browser.run("element('facts').textContent")
     length = talk.cache.rows[0].lengths[s]
     start = sum(talk.cache.rows[0].lengths[:s])
-    assert facts.startswith(f"Number {s}, {length} tokens from position {start}. "
-                            f"Taken by {len(rows)} of 8 heads")
+    assert facts.startswith(f"Number {s} (from 0), {length} tokens from position {start}. "
+                            f"Fetched by {len(rows)} of 8 heads")
     first = browser.run("element('best').querySelector('b').textContent")
     assert first == browser.run("spans[state.sentence].textContent")
 
