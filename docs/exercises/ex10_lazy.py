@@ -1,8 +1,12 @@
 """Exercise 10 of docs/exercises.md: select again only when the query turns.
 
     python -m pytest docs/exercises/ex10_lazy.py
-    python docs/exercises/ex10_lazy.py                  # the measurement
+    python docs/exercises/ex10_lazy.py                  # the measurement on the tiny model
+    python docs/exercises/ex10_lazy.py DIR FILE ...     # on another model and real texts
 """
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,9 @@ from helpers import FLAGS, Watched, tiny_model, toy_questions
 
 from experiments.quality.figures import share
 from extras.branch import fork
+from model import Llama
 from sentencekv import HostPool, SentenceKV, sentence_flags
+from tokenizer import Tokenizer
 
 class Lazy(SentenceKV):
     """SentenceKV whose layers keep what they fetched, until the query turns.
@@ -50,6 +56,27 @@ def measure(n=100, budget=128, thresholds=(1, 0.8, 0.6, 0.4, 0.2, 0, -1)):
         right, loss, reused = zip(*rows)
         print(f"threshold {threshold:5}: reused {sum(reused) / n:.3f}, right {share(right)}, "
               f"loss {sum(loss) / n:.4f}")
+
+@torch.no_grad()
+def measure_text(directory, files, budget=128, thresholds=(1, 0.95, 0.9, 0.8, 0.6)):
+    """Print what is saved, and the loss of 128 tokens after 2,048 of each file, token by token."""
+    model = Llama.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = Tokenizer.from_dir(directory)
+    flags = sentence_flags(tokenizer.token_bytes)
+    results = {threshold: [] for threshold in thresholds}
+    for file in files:
+        ids = tokenizer.encode(Path(file).read_text(encoding="utf-8"), bos=True)[:2048 + 128]
+        cache = Lazy(flags, 1, budget=budget)
+        model.prefill(torch.tensor([ids[:2048]]), cache)
+        for threshold in thresholds:
+            branch = fork(cache)
+            branch.threshold = threshold
+            logits = torch.cat([model(torch.tensor([[id]]), branch) for id in ids[2048:-1]])
+            loss = float(F.cross_entropy(logits, torch.tensor(ids[2049:])))
+            results[threshold].append((branch.reused / (branch.reused + branch.selected), loss))
+    for threshold, rows in results.items():
+        reused, loss = torch.tensor(rows).mean(0).tolist()
+        print(f"threshold {threshold:5}: reused {reused:.3f}, loss {loss:.4f}")
 
 # ------------------------------------------------------------------------------------------ tests
 
@@ -116,4 +143,4 @@ def test_the_lowest_ranked_make_room_for_new_tokens(budget, longest):
     assert reused >= 25
 
 if __name__ == "__main__":
-    measure()
+    measure_text(sys.argv[1], sys.argv[2:]) if sys.argv[1:] else measure()
