@@ -1,5 +1,6 @@
 """The adapter for Hugging Face's transformers: generate() with a SentenceCache."""
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,15 @@ def test_a_pipeline_answers_from_one_cache_and_goes_on_with_it():
         assert said == text + answer
         assert cached(cache)[0] == tokenizer(said)["input_ids"][:-1]
         text = said
+
+def test_a_pickled_cache_goes_on_and_contains_no_model(llama):
+    cache = SentenceCache(FLAGS, budget=32)
+    assert copy.deepcopy(cache).get_seq_length() == 0
+    said = say(llama, [text(30)], cache)
+    loaded = pickle.loads(pickle.dumps(cache))
+    assert cache.decoder is llama.model and loaded.decoder is None
+    more = [torch.cat((text(30), said[0], text(5, 9)))]
+    assert say(llama, more, loaded).equal(say(llama, more, cache))
 
 def test_several_samples_of_one_prompt_fill_one_cache(llama):
     cache = SentenceCache(FLAGS, budget=128)
