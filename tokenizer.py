@@ -7,46 +7,51 @@
 Reads Meta's tokenizer.model of Llama 3, and tokenizer.json (Llama, SmolLM2, GPT-2, Qwen, DeepSeek).
 The ids equal the `tokenizers` library's; a file for which they would not raises ValueError.
 """
-import base64, codecs, itertools, json, re, time, unicodedata
-from collections import namedtuple
+import base64, codecs, json, re, time, unicodedata
+from contextlib import contextmanager
 from pathlib import Path
 
-import regex                                                        # a dependency of tiktoken
+import regex                                                # a dependency of tiktoken
 import tiktoken
+from jinja2.sandbox import ImmutableSandboxedEnvironment    # a dependency of torch
 
 BOS_NAMES = ("<|begin_of_text|>", "<|bos|>", "<s>")
 STOP_NAMES = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
-MAX_BYTES, MAX_ID = 1024, 1 << 22                                   # of a token
+MAX_ID = 1 << 22
+MARK = re.compile("(\t?)\ue000(\\d+)\ue000(\t?)")           # stands for the content of a message
 
 def need(condition, message):
     if not condition:
         raise ValueError(message)
 
+@contextmanager
+def blame(file):
+    """Turn any exception into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from None
+
 class Tokenizer:
-    """Attributes: n_vocab, bos_id (or None), stop_ids (a set), added ({name: id}), chat_format (a
-    key of CHAT_FORMATS, or None), token_bytes (a list; None for special and unused ids)."""
+    """Attributes: n_vocab, bos_id (or None), stop_ids (a set), added ({name: id}), chat_format (the
+    Jinja template, or None), token_bytes (a list; None for special and unused ids)."""
 
     def __init__(self, splits, ranks, added, special, nfc=False):
-        """splits: patterns, applied one after the other; ranks {b"he": 256, ...}: the lowest id
-        merges first; added {"<|eot_id|>": 128009, ...}; special: those ids of added that plain text
-        never gives; nfc: normalize the text."""
+        """splits: patterns, applied one after the other; ranks {b"he": 256, ...}: the lowest merges
+        first; special: those ids of added {name: id} that plain text never gives."""
         tokens = [*ranks.items(), *((name.encode(), i) for name, i in added.items())]
-        for token, i in tokens:
-            need(type(i) is int and 0 <= i < MAX_ID and 0 < len(token) <= MAX_BYTES,
-                 f"token {token[:40]!r} with id {i!r:.40} is empty, too long or has a bad id")
         self._bytes = {i: token for token, i in tokens}
         need(ranks and len(self._bytes) == len(tokens), "no tokens, or two with the same id")
-        self._missing = {b for b in range(256) if bytes([b]) not in ranks}
+        need(all(type(i) is int and 0 <= i < MAX_ID for i in self._bytes), "ids must be 0 to 2**22")
         self._splits = [regex.compile(split, regex.V1 | regex.MULTILINE) for split in splits]
         self._bpe = tiktoken.Encoding("", pat_str="(?s).+", mergeable_ranks=ranks,
-                                      special_tokens={})            # its pieces stay whole
-        names = sorted(added, key=len, reverse=True)                # the longest match wins
+                                      special_tokens={})    # a piece of text stays whole
+        names = sorted(filter(None, added), key=len, reverse=True)          # the longest first
         self._added = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self.added, self.special, self.nfc = added, special, nfc
-        self.n_vocab = max(self._bytes) + 1
-        self.token_bytes = [self._bytes.get(i) for i in range(self.n_vocab)]
-        for i in special:
-            self.token_bytes[i] = None
+        self._missing = {b for b in range(256) if bytes([b]) not in ranks}
+        self.n_vocab = n = max(self._bytes) + 1
+        self.token_bytes = [None if i in special else self._bytes.get(i) for i in range(n)]
         self.bos_id = next((added[name] for name in BOS_NAMES if name in added), None)
         self.stop_ids = {added[name] for name in STOP_NAMES if name in added}
         self.chat_format = self._template = None
@@ -54,21 +59,21 @@ class Tokenizer:
     @classmethod
     def from_dir(cls, path):
         """path: a checkpoint's directory or its tokenizer file. FileNotFoundError, ValueError."""
-        names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
-        files = [Path(path), *(Path(path, name) for name in names)]
-        file = next((file for file in files if file.is_file()), None)
+        names = ["", "tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+        file = next((Path(path, name) for name in names if Path(path, name).is_file()), None)
         if file is None:
-            raise FileNotFoundError(f"{path} has none of {', '.join(names)}")
-        read = read_json if file.suffix == ".json" else read_model
-        tokenizer = load(file, lambda data: cls(*read(data)))
-        tokenizer._apply_settings(file.parent if file == files[0] else files[0])
+            raise FileNotFoundError(f"{path} has none of {', '.join(names[1:])}")
+        is_json, folder = file.suffix == ".json", Path(path) if file != Path(path) else file.parent
+        with blame(file):
+            tokenizer = cls(*(read_json if is_json else read_model)(file.read_bytes()))
+        with blame(folder):
+            tokenizer._read_settings(folder, None if is_json else META)
         return tokenizer
 
     def encode(self, text, bos=False, special=False):
         """str -> list of ids. Unless special=True, "<|eot_id|>" in a text is plain characters."""
         need(not bos or self.bos_id is not None, "this tokenizer has no bos token")
-        ids = [self.bos_id] if bos else []
-        start = 0
+        ids, start = [self.bos_id] if bos else [], 0
         for match in self._added.finditer(text):
             token = self.added[match[0]]
             if special or token not in self.special:
@@ -100,144 +105,92 @@ class Tokenizer:
     def chat(self, messages, after=None, close=True):
         """Ids of a conversation in the checkpoint's format, up to the assistant's next turn.
 
-        messages: [{"role": "system", "user" or "assistant", "content": str}, ...]
-        close=False leaves the last turn open. after=role continues a conversation: the ids begin
-        with the end of that role's open turn. With answer = encode(text of the answer),
+        messages: [{"role": "system", "user" or "assistant", "content": str}, ...]. close=False
+        leaves the last turn open. after="user" or "assistant": the ids go on after that role's
+        open turn. With answer = encode(its text) that has no white space at its ends,
             chat(history) + answer + chat([question], after="assistant")
-        equals chat([*history, answer, question]) if the answer has no white space at its ends.
-        ValueError: chat_format is None, or the format has no such role."""
-        template = self._template
-        need(template, "the checkpoint has no chat template, or one of an unknown format")
-        turns = [(message["role"], message["content"]) for message in messages]
-        if template.trim:
-            turns = [(role, content.strip()) for role, content in turns]
-        parts, tail = [], []                                        # ids and strings
-        if after is not None:
-            tail = self._turn(after)[1]
-        else:
-            parts = [self.bos_id] if template.bos else []
-            turns = template.with_system(turns)
-        for role, content in turns:
-            head, end = self._turn(role)
-            parts += [*tail, *head, content]
-            tail = end
-        if close:
-            parts += [*tail, *self._turn("assistant")[0]]
+        equals chat([*history, answer, question]). ValueError: the template cannot take them."""
+        need(self._template, "the checkpoint has no chat template, or one that does not work")
+        history = {None: [], "user": ["user"], "assistant": ["user", "assistant"]}[after]
+        roles = history + [message["role"] for message in messages]
+        need({*roles} <= {"system", "user", "assistant"}, f"unknown role in {roles}")
+        marks = [f"\t\ue000{i}\ue000\t" for i in range(len(roles))]
+        contents = marks[:len(history)] + [message["content"] for message in messages]
+        # A content must not give special tokens: until these are found, marks stand for contents.
+        text, expected = (self._render(roles, each, close) for each in (marks, contents))
+        found = [*MARK.finditer(text)]
+        complete = [int(mark[2]) for mark in found] == [*range(len(marks))]
+        need(complete and put(contents, text) == expected, "the chat template changes a message")
+        start = found[len(history) - 1].end() if history else 0
+        end = len(text) if close else found[-1].end()
         ids = []
-        for kind, run in itertools.groupby(parts, type):
-            ids += run if kind is int else self.encode("".join(run))
+        for part in self._added.split(text[start:end]):
+            ids += [self.added[part]] if part in self.added else self.encode(put(contents, part))
         return ids
 
-    def _turn(self, role):
-        """What comes before and after the content of a message: two lists of ids and strings."""
-        turn = self._template.turns[-1 if role == "assistant" else 0]
-        need(role in ("user", "assistant") or role == "system" and "{role}" in turn,
-             f"the chat format {self.chat_format} has no role {role!r:.40}")
-        texts = turn.replace("{role}", role).split("{content}")
-        return [[self.added.get(part, part) for part in self._added.split(text)] for text in texts]
+    def _render(self, roles, contents, close):
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+        with blame("the chat template"):
+            return self._template.render(messages=messages, add_generation_prompt=close)
 
-    def _apply_settings(self, folder):
+    def _read_settings(self, folder, template):
         """Take vocab_size, bos, stop ids and chat template from the checkpoint's other files."""
-        size = read_settings(folder / "config.json").get("vocab_size")
-        if type(size) is int and self.n_vocab < size <= MAX_ID:     # the model may give unused ids
-            self.token_bytes += [None] * (size - self.n_vocab)
-            self.n_vocab = size
-        file = folder / "tokenizer_config.json"
-        settings = load(file, read_tokenizer_config) if file.is_file() else {"chat_template": META}
-        bos, eos = settings.get("bos_token"), settings.get("eos_token")
-        bos_id, stop_ids = special_ids(folder)
-        if bos_id is not None:
-            self.bos_id = bos_id
-        if "bos_token" in settings:                                 # null: there is none
-            self.bos_id = self.added.get(bos, self.bos_id) if bos else None
-        need(self.bos_id is None or self.bos_id in self._bytes,
-             f"{folder}: the tokenizer has no token {self.bos_id}, which is bos in config.json")
-        if eos in self.added:
-            stop_ids.add(self.added[eos])
-        self.stop_ids = stop_ids or self.stop_ids
-        file = folder / "chat_template.jinja"
-        jinja = load(file, bytes.decode) if file.is_file() else settings["chat_template"]
-        self._template = read_template(jinja, self.added, eos)
-        if self._template:
-            self.chat_format = self._template.name
-            self.stop_ids |= {part for part in self._turn("assistant")[1] if type(part) is int}
+        config, generation, names = (read_settings(folder / f"{name}.json") for name in (
+            "config", "generation_config", "tokenizer_config"))
+        size = config.get("vocab_size") or 0                        # the model may give unused ids
+        need(size <= MAX_ID, "vocab_size in config.json is too large")
+        self.token_bytes += [None] * (size - self.n_vocab)
+        self.n_vocab = len(self.token_bytes)
+        bos, stops = ([i for settings in (config, generation) for i in as_list(settings.get(key))]
+                      for key in ("bos_token_id", "eos_token_id"))
+        need({*bos, *stops} <= {*self._bytes}, f"config.json has unknown ids: {bos} or {stops}")
+        tokens = {key: names[key]["content"] if isinstance(names[key], dict) else names[key]
+                  for key in {"bos_token", "eos_token", "unk_token", "pad_token"} & names.keys()}
+        self.bos_id = self.added.get(tokens.get("bos_token"), bos[0] if bos else self.bos_id)
+        if tokens.get("bos_token", "") is None:
+            self.bos_id = None
+        self.stop_ids = {*stops, self.added.get(tokens.get("eos_token"))} - {None} or self.stop_ids
+        template = names.get("chat_template") if names else template
+        if isinstance(template, list):                              # several, each with a name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if template:
+            self._use_template(template, tokens)
 
-# ------------------------------------------------------------------------------- chat templates
+    def _use_template(self, template, tokens):
+        """As transformers does. chat_format stays None if it fails for a small conversation."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals |= {**tokens, "raise_exception": lambda text: need(False, text),
+                                "strftime_now": time.strftime}
+        try:
+            self._template = environment.from_string(template)
+            end = self.chat([{"role": "user", "content": "x"}], after="assistant")[0]
+            self.stop_ids |= {end} & {*self.added.values()}
+            self.chat_format = template
+        except Exception:
+            self._template = None
 
-# The turn of a user (and of the system, if it has a {role}), then the assistant's if it differs.
-CHAT_FORMATS = {
-    "llama3": ["<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"],
-    "chatml": ["<|im_start|>{role}\n{content}<|im_end|>\n"],
-    "zephyr": ["<|{role}|>\n{content}{eos_token}\n"],
-    "mistral": ["[INST]{content}[/INST]", "{content}{eos_token}"],  # of Mistral Nemo
-}
 # Meta's directories have no template. This is the one of Llama 3.
-META = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
-# Llama 3.1 to 3.3: the first two lines precede the system message, which is "" by default.
-DATED = ("Cutting Knowledge Date: December 2023\n", "Today Date: {date_string}\n\n",
-         'date_string = "', 'set system_message = "" %}',
-         "set system_message = messages[0]['content']|trim %}")
-# In Jinja: the last name of message['role'], message.role or bos_token, if it follows + or {{
-VARIABLE = re.compile(r"(\+|{{-?)\s*(?:[a-z]\w*(?:\[\w+\])?(?:\.|\[['\"]))?([a-z]\w*)(?:['\"]\])?")
-JOINT = re.compile(r"['\"]?\s*\+\s*['\"]?|{{-?\s*['\"]?|['\"]?\s*-?}}")
-STRIPPED = re.compile(r"\n\Z|\s+(?={[{%#]-)|(?<=-[}%#]})\s+")       # Jinja leaves it out
-BEFORE = r"(?:%}\n?|=\s*['\"])"                                     # where a printed text starts,
-AFTER = r"(?=(?:(?<=\n)[ \t]*)?{%|['\"]\s*-?%}|\Z)"                  # and where it ends
-UNUSUAL = re.compile(r"strip|<think>|SYSTEM_PROMPT|['\"]role['\"]\s*:")     # it alters messages
+META = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 
-class Template(namedtuple("Template", "name turns bos trim system preface")):
-    """system: added if the first message is not the system's (or None); preface: precedes it."""
+def put(contents, text):
+    """Put the contents in place of their marks. Where a template strips a mark, strip it, too."""
+    def content(mark):
+        text = contents[int(mark[2])]
+        text = text if mark[1] else text.lstrip()
+        return text if mark[3] else text.rstrip()
+    return MARK.sub(content, text)
 
-    def with_system(self, turns):
-        if turns and turns[0][0] == "system":
-            return [("system", self.preface + turns[0][1]), *turns[1:]]
-        return turns if self.system is None else [("system", self.system), *turns]
+def as_list(value):
+    return value if isinstance(value, list) else [] if value is None else [value]
 
-def read_template(jinja, added, eos):
-    """-> Template, or None if the format or its system message is unknown. The Jinja code is never
-    run: its expressions, written as {role}, {content} and so on, are compared with the formats."""
-    text = STRIPPED.sub("", jinja).replace("\\n", "\n")
-    text = VARIABLE.sub(r"\1{\2}", text)
-    text = re.sub(r"{content} *\| *trim", "{content}|trim", JOINT.sub("", text))
-    for name, turns in CHAT_FORMATS.items():
-        tokens = re.findall(r"<\|\w+\|>", turns[0]) + [eos] * ("{eos_token}" in turns[-1])
-        for content in ("{content}", "{content}|trim"):
-            user, assistant = (turns[i].replace("{content}", content) for i in (0, -1))
-            start = assistant.split(content)[0].replace("{role}", "assistant")
-            if (all(token in added for token in tokens) and printed("user", user, text)
-                    and printed("assistant", assistant, text) and printed("", start, text)):
-                return read_details(name, eos, text, content)
-    return None
-
-def printed(role, turn, text):
-    """Does the template print this turn, and nothing else with it?"""
-    return any(re.search(BEFORE + re.escape(written) + AFTER, text)
-               for written in (turn, turn.replace("{role}", role)))
-
-def read_details(name, eos, text, content):
-    """The rest of read_template(): bos, trim and system messages. content: as text writes it."""
-    trim = content != "{content}"
-    if UNUSUAL.search(text) or "trim" in text and not trim:
-        return None
-    turns = [turn.replace("{eos_token}", eos or "") for turn in CHAT_FORMATS[name]]
-    bos = "bos_token" in text or "<|begin_of_text|>" in text
-    if all(line in text for line in DATED):
-        today = re.search(r'strftime_now\("(.*?)"\)', text)
-        fixed = re.search(r'date_string = "(.*?)"', text)
-        date = time.strftime(today[1]) if today else fixed[1]
-        preface = "".join(DATED[:2]).replace("{date_string}", date)
-        return Template(name, turns, bos, trim, preface, preface)
-    if "{role}" not in turns[0]:
-        return Template(name, turns, bos, trim, None, "")
-    head, tail = CHAT_FORMATS[name][0].replace("{role}", "system").split("{content}")
-    message = f"({re.escape(content)}|[^{{}}'\"]+?)"
-    messages = re.findall(BEFORE + re.escape(head) + message + re.escape(tail) + AFTER, text)
-    defaults = {*messages} - {content}
-    if len(messages) != text.count(head) or len(defaults) > 1:
-        return None
-    return Template(name, turns, bos, trim, next(iter(defaults), None), "")
+def read_settings(file):
+    with blame(file):
+        return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 # ------------------------------------------------------------------------------- reading the files
 
@@ -252,53 +205,13 @@ PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 
-def load(file, read):
-    """read(bytes of the file); an error in it becomes a ValueError that names the file."""
-    try:
-        return read(file.read_bytes())
-    except Exception as error:
-        raise ValueError(f"{file}: {type(error).__name__}: {error}") from None
-
-def read_settings(file):
-    """The settings in a JSON file; {} if there is no such file."""
-    settings = load(file, json.loads) if file.is_file() else {}
-    need(isinstance(settings, dict), f"{file} has no settings")
-    return settings
-
-def read_tokenizer_config(data):
-    """-> {"bos_token": name or None, "eos_token": the same, "chat_template": Jinja code or ""}."""
-    config, settings = json.loads(data), {}
-    for key in {"bos_token", "eos_token"} & config.keys():
-        token = config[key]
-        settings[key] = token["content"] if isinstance(token, dict) else token
-    found = config.get("chat_template")
-    if isinstance(found, list):                                     # several, each with a name
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    settings["chat_template"] = found or ""
-    for key, value in settings.items():
-        need(value is None or isinstance(value, str), f"{key} {value!r:.60} is no string")
-    return settings
-
-def special_ids(folder):
-    """-> bos id (or None), set of eos ids, from config.json and generation_config.json."""
-    ids = {"bos_token_id": [], "eos_token_id": []}
-    for file in (Path(folder, "config.json"), Path(folder, "generation_config.json")):
-        settings = read_settings(file)
-        for key in ids:
-            value = settings.get(key)
-            values = value if isinstance(value, list) else [] if value is None else [value]
-            need(all(type(i) is int and i >= 0 for i in values),
-                 f"{file}: {key} {value!r:.60} is no token id")
-            ids[key] += values
-    return next(iter(ids["bos_token_id"]), None), {*ids["eos_token_id"]}
-
 def read_model(data):
     """Meta's Llama 3 file -> the arguments of Tokenizer. It has a line of base64 and rank per token
     (b"IQ== 0": b"!" is 0); the 256 special tokens that follow are not in the file."""
     lines = re.findall(rb"(?m)^([A-Za-z\d+/]+=*) (\d{1,9})$", data)
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     n = len(ranks)
-    need(2 * n == len(data.split()) and sorted(ranks.values()) == [*range(n)] and n <= 128000,
+    need(2 * n == len(data.split()) and [*ranks.values()] == [*range(n)] and n <= 128000,
          "not Llama 3's lines of base64 and ranks 0, 1, ... (SentencePiece is unsupported)")
     spare = [f"reserved_special_token_{i}" for i in range(248)]
     names = ["begin_of_text", "end_of_text", *spare[:2], "finetune_right_pad_id", spare[2],
@@ -308,43 +221,32 @@ def read_model(data):
 
 def read_json(data):
     """Hugging Face's file -> the arguments of Tokenizer."""
-    match json.loads(data):
-        case {"model": {"vocab": dict(vocab), "merges": list(merges), **model},
-              "added_tokens": list(tokens), "pre_tokenizer": pre, **other}:
-            normalizers = flatten(other.get("normalizer"), "normalizers")
-        case _:
-            raise ValueError("not BPE: vocab, merges, added_tokens or pre_tokenizer is missing or "
-                             "has a wrong type")
-    off = ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix")
-    need(model.get("type", "BPE") == "BPE" and not any(map(model.get, off)),
-         f"not byte-level BPE: {model!r:.200}")
-    need(normalizers in ([], [{"type": "NFC"}]), f"normalizer {normalizers!r:.200} is unsupported")
+    root = json.loads(data)
+    model, normalizers = root["model"], steps_of(root.get("normalizer"), "normalizers")
+    vocab, kind = model["vocab"], model.get("type", "BPE")
+    need(kind == "BPE", f"model {kind!r:.40} is unsupported, only BPE is supported")
+    for name in ("byte_fallback", "dropout", "end_of_word_suffix", "continuing_subword_prefix"):
+        need(not model.get(name), f"{name} is unsupported")
+    need(normalizers in ([], [{"type": "NFC"}]), f"normalizer {normalizers} is unsupported")
     added = {}
-    for t in tokens:
-        name = t["content"]
-        flags = [t["lstrip"], t["rstrip"], t["single_word"], normalizers and t["normalized"]]
-        need(not any(flags) and name not in added and vocab.pop(name, t["id"]) == t["id"],
-             f"added token {name!r:.40} has two ids or an unsupported flag: {flags}")
-        added[name] = t["id"]
-    for character in {*"".join(vocab)}:
-        need(character in BYTE_OF,
-             f"{character!r} in the vocabulary is no byte: SentencePiece is unsupported")
-    check_merges(vocab, merges, model.get("ignore_merges") is True)
+    for token in root["added_tokens"]:
+        name, i = token["content"], token["id"]
+        for flag in ["lstrip", "rstrip", "single_word"] + ["normalized"] * len(normalizers):
+            need(not token[flag], f"{flag} of the token {name!r:.40} is unsupported")
+        need(vocab.pop(name, i) == added.setdefault(name, i) == i, f"{name!r} has two ids")
+    need({*"".join(vocab)} <= BYTE_OF.keys(), "not bytes: SentencePiece is unsupported")
+    check_merges(vocab, model["merges"], model.get("ignore_merges") is True)
     ranks = {bytes(map(BYTE_OF.get, token)): i for token, i in vocab.items()}
-    special = {t["id"] for t in tokens if t["special"]}
-    return split_patterns(pre), ranks, added, special, bool(normalizers)
+    special = {token["id"] for token in root["added_tokens"] if token["special"]}
+    return split_patterns(root["pre_tokenizer"]), ranks, added, special, bool(normalizers)
 
-def flatten(step, key):
-    """[step], or the steps of a sequence (of sequences); key is the name of the sequence's list."""
-    if step is None:
-        return []
-    if step["type"] != "Sequence":
-        return [step]
-    return [inner for outer in step[key] for inner in flatten(outer, key)]
+def steps_of(step, key):
+    """The steps of a pre-tokenizer or normalizer; key is the name of a sequence's list."""
+    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
 
 def split_patterns(pre_tokenizer):
     """The patterns that split a text, one after the other. ByteLevel, the last, spells bytes."""
-    *splits, last = flatten(pre_tokenizer, "pretokenizers") or [None]
+    *splits, last = steps_of(pre_tokenizer, "pretokenizers") or [None]
     patterns = []
     for step in splits:
         match step:
@@ -366,19 +268,19 @@ def cut(pattern, text):
     return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)]) if a < b]
 
 def check_merges(vocab, merges, ignore_merges):
-    """Raise ValueError unless tiktoken merges as the file says.
+    """ValueError unless tiktoken, which has no list of merges, merges as the file says.
 
-    Tiktoken has no list of merges: of all neighbours that make a token, it joins those of the
-    lowest id; a piece that is a token stays whole. So the merges must be in the order of the ids,
-    and must have, for each token, the pair that tiktoken joins last. This is enough. Suppose that
-    both have joined the same so far, and tiktoken joins x, y next. What was joined within x + y was
-    joined as if it stood alone, so (x, y) is last_pair(x + y). The file has this pair, and none
-    before it is possible. A token that merges cannot make is only ever a whole piece: it needs
-    ignore_merges."""
+    Of all neighbours that make a token, tiktoken joins those of the lowest id; a piece that is a
+    token stays whole. So the merges must be in the order of the ids and have, for each token, the
+    pair that tiktoken joins last. This is enough: if both have joined the same so far, and tiktoken
+    joins x, y next, then (x, y) is last_pair(x + y), as what was joined within was joined as if it
+    stood alone. A token that merges cannot make is only ever a whole piece: it needs ignore_merges.
+    """
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    known = all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs)
-    wanted = {last_pair(token, vocab) for token in vocab if 1 < len(token) <= MAX_BYTES}
-    need(known and len({*pairs}) == len(pairs) and wanted - {None} <= {*pairs}
+    need(max(map(len, vocab)) <= 1024, "a token is too long")
+    wanted = {last_pair(token, vocab) for token in vocab if len(token) > 1}
+    need(all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs)
+         and len({*pairs}) == len(pairs) and wanted - {None} <= {*pairs}
          and pairs == sorted(pairs, key=lambda pair: vocab["".join(pair)])
          and (ignore_merges or None not in wanted),
          "the merges do not make the tokens in the order of their ids, as tiktoken would")

@@ -1,6 +1,6 @@
 """tokenizer.py: ids, chat prompts and refusals, against golden values of `tokenizers` and Jinja.
 
-Where `tokenizers` and `jinja2` are installed, random texts and conversations are compared as well.
+Where `tokenizers` is installed, random texts are compared as well.
 """
 import base64
 import json
@@ -11,9 +11,10 @@ import unicodedata
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import SandboxedEnvironment
 
 import tokenizer as T
-from tokenizer import Tokenizer, check_merges, special_ids
+from tokenizer import Tokenizer, check_merges
 
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
             "<|eot_id|>"]
@@ -170,8 +171,11 @@ def test_unused_ids_of_the_model_decode_and_ids_beyond_are_named(tok, tmp_path):
     padded = load(tmp_path, tokenizer_json(), config={"vocab_size": 300})
     assert padded.n_vocab == 300 and padded.token_bytes == tok.token_bytes + [None] * 34
     assert padded.decode([*padded.encode("a"), 299, *padded.encode("b")]) == "a\ufffdb"
-    for size in 9, T.MAX_ID + 1, None, "300":
+    for size in 9, None:
         assert load(tmp_path, tokenizer_json(), config={"vocab_size": size}).n_vocab == tok.n_vocab
+    for size in T.MAX_ID + 1, "300":
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            load(tmp_path, tokenizer_json(), config={"vocab_size": size})
     for tokenizer, bad in (tok, -1), (tok, tok.n_vocab), (tok, 10**12), (padded, 300):
         with pytest.raises(ValueError, match=f"{bad} is not in the vocabulary"):
             tokenizer.decode([bad])
@@ -219,7 +223,6 @@ FAMILIES = {
                            split(r"[!-/][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
                                  r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
                            byte_level()),
-    "nested": sequence(sequence(split(r"\d")), sequence(split(r"\s+$"), byte_level(True))),
     "gaps": sequence(split("b1|(?<=a)b|x*?"), byte_level()),      # unmatched text: a piece
     "lines": sequence(split("[12&&2]|^a|^x|!$"), byte_level()),
     "no split": byte_level(),
@@ -260,10 +263,6 @@ GOLDEN = {
         b"ab|12| |123|4| a|'s|x| a|'S|x| |!!|\n\n|  |\n| |ab|"
         b"\xe4\xb8\xad\xe4\xb8\xad|1|\xe4\xb8\xad|a|\xc2\xb2|2\xc2\xb2| |\r|\n| |b|1|"
         b"!\n|x|a|\xe4\xb8\xad| |\xe3|\x80|\x80|1|  ",
-    "nested":
-        b"ab|1|2| |1|2|3|4| a|'s|x| a|'|Sx| |!!|\n\n|  |\n| |ab|"
-        b"\xe4\xb8\xad\xe4\xb8\xad|1|\xe4\xb8\xad|a|\xc2\xb2|2|\xc2\xb2| |\r|\n| |b|"
-        b"1|!|\n|x|a\xe4\xb8\xad| |\xe3|\x80|\x80|1|  ",
     "gaps":
         b"a|b1|2| |1|2|3|4| |a|'|s|x| |a|'|S|x| |!|!|\n|\n| | |\n| |a|b|\xe4\xb8\xad|"
         b"\xe4\xb8\xad|1|\xe4\xb8\xad|a|\xc2\xb2|2|\xc2\xb2| |\r|\n| |b1|!|\n|x|a|"
@@ -384,7 +383,6 @@ def test_bos_and_stop_ids_come_from_the_checkpoint(tmp_path):
     config = {"bos_token_id": a, "eos_token_id": b}
     assert ids_of(load(tmp_path, root, config=config)) == (a, {b})
     assert ids_of(load(tmp_path, root, generation_config={"eos_token_id": [c, b]})) == (a, {b, c})
-    assert special_ids(tmp_path) == (a, {b, c})
     named = {"bos_token": "<b>", "eos_token": {"content": "<a>"}}
     assert ids_of(load(tmp_path, root, tokenizer_config=named)) == (b, {a, b, c})
     assert ids_of(load(tmp_path, root, tokenizer_config={"bos_token": None})) == (None, {b, c})
@@ -401,20 +399,19 @@ def test_bos_has_usual_names(tmp_path, name):
 
 
 BAD_SETTINGS = {
-    "config": [[], 3, {"eos_token_id": "2"}, {"bos_token_id": -1}, {"eos_token_id": [1, 0.5]},
-               {"bos_token_id": True}, {"eos_token_id": -1}, {"bos_token_id": 9999}],
-    "generation_config": ["", {"eos_token_id": {}}, {"bos_token_id": [None]}],
-    "tokenizer_config": [[1], {"bos_token": {}}, {"eos_token": []}, {"chat_template": 3},
-                         {"chat_template": [{"name": "default"}]}, {"bos_token": 3}],
+    "config": [[1], 3, {"eos_token_id": "2"}, {"bos_token_id": -1}, {"eos_token_id": [1, 0.5]},
+               {"eos_token_id": {}}, {"bos_token_id": 9999}],
+    "generation_config": [[1], {"bos_token_id": [None]}, {"eos_token_id": 9999}],
+    "tokenizer_config": [[1], {"bos_token": {}}, {"chat_template": [{"name": "default"}]}],
 }
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_bad_settings_give_one_line_that_names_the_file(tmp_path, name):
+def test_bad_settings_give_one_line_that_names_the_directory(tmp_path, name):
     for content in BAD_SETTINGS[name]:
         with pytest.raises(ValueError) as error:
             load(tmp_path, tokenizer_json(), **{name: content})
-        assert f"{name}.json" in str(error.value) and "\n" not in str(error.value), content
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value), content
     for data in (b"", b"{", b"\xff\xfe{", b"[" * 200_000):
         (tmp_path / f"{name}.json").write_bytes(data)
         with pytest.raises(ValueError, match=rf"{name}\.json: \w+"):
@@ -487,59 +484,59 @@ TURNS = ("<|im_start|>user\n Hi\n<|im_end|>\n<|im_start|>assistant\nthe  in<|im_
 GIVEN = "<|im_start|>system\n A\n<|im_end|>\n"
 TURNSZ = ("<|user|>\n Hi\n<|end|>\n<|assistant|>\nthe  in<|end|>\n<|user|>\n12?<|end|>\n"
           "<|assistant|>\n")
-# name: template, chat_format, what Jinja renders for TALK, and for SYSTEM + TALK
+# name: template, end of a turn, what Jinja renders for TALK, and for SYSTEM + TALK
 KNOWN = {
-    "llama 3": (LLAMA3, "llama3", "<|begin_of_text|>" + TURNS3, HEAD3 + "A<|eot_id|>" + TURNS3),
-    "llama 3.1": (LLAMA31, "llama3", f"{HEAD3}{DATE}<|eot_id|>{TURNS3}",
+    "llama 3": (LLAMA3, "<|eot_id|>", "<|begin_of_text|>" + TURNS3, HEAD3 + "A<|eot_id|>" + TURNS3),
+    "llama 3.1": (LLAMA31, "<|eot_id|>", f"{HEAD3}{DATE}<|eot_id|>{TURNS3}",
                   f"{HEAD3}{DATE}A<|eot_id|>{TURNS3}"),
-    "chatml": (PLAIN, "chatml", TURNS, GIVEN + TURNS),
-    "default": (DEFAULT, "chatml", BRIEF + TURNS, GIVEN + TURNS),
-    "raw": (RAW, "chatml", "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
-    "indented": (RAW.replace("{% endfor", "    {% endfor"), "chatml", "<|begin_of_text|>" + TURNS,
-                 "<|begin_of_text|>" + GIVEN + TURNS),
-    "stripped": (RAW.replace("messages %}", "messages -%}\n\n"), "chatml",
+    "chatml": (PLAIN, "<|im_end|>", TURNS, GIVEN + TURNS),
+    "default": (DEFAULT, "<|im_end|>", BRIEF + TURNS, GIVEN + TURNS),
+    "raw": (RAW, "<|im_end|>", "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
+    "indented": (RAW.replace("{% endfor", "    {% endfor"), "<|im_end|>",
                  "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
-    "literal bos": (RAW.replace("{{ bos_token }}", "<|begin_of_text|>"), "chatml",
+    "stripped": (RAW.replace("messages %}", "messages -%}\n\n"), "<|im_end|>",
+                 "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
+    "literal bos": (RAW.replace("{{ bos_token }}", "<|begin_of_text|>"), "<|im_end|>",
                     "<|begin_of_text|>" + TURNS, "<|begin_of_text|>" + GIVEN + TURNS),
-    "trim": (PLAIN.replace("content']", "content'] | trim"), "chatml", TURNS.replace(" Hi\n", "Hi"),
+    "trim": (PLAIN.replace("content']", "content'] | trim"), "<|im_end|>",
+             TURNS.replace(" Hi\n", "Hi"),
              GIVEN.replace(" A\n", "A") + TURNS.replace(" Hi\n", "Hi")),
-    "zephyr": (ZEPHYR, "zephyr", TURNSZ, "<|system|>\n A\n<|end|>\n" + TURNSZ),
-    "mistral": (NEMO, "mistral",
+    "zephyr": (ZEPHYR, "<|end|>", TURNSZ, "<|system|>\n A\n<|end|>\n" + TURNSZ),
+    "mistral": (NEMO, "<|end|>",
                 "<|begin_of_text|>[INST] Hi\n[/INST]the  in<|end|>[INST]12?[/INST]", None),
 }
-UNKNOWN = {
+# Templates that differ from those above in one place, and those of other families.
+VARIANTS = {
+    "another format": PLAIN.replace("<|im_", "<|turn_"),
+    "spaces in [INST]": NEMO.replace("[INST]", "[INST] "),
+    "no eos after the user": ZEPHYR.replace("eos_token", "'\n'", 1),
+    "no start of the answer": PLAIN.replace("'<|im_start|>assistant\n'", "'<|im_start|>'"),
+    "text before the turn": PLAIN.replace("{{ '<|im_start|>' +", "{{ 'A<|im_start|>' +"),
+    "text after the default": DEFAULT.replace("brief.<|im_end|>\n", "brief.<|im_end|>\nA"),
+    "newline left out": RAW.replace("{% endfor %}", "{%- endfor %}"),
+    "bos before every turn": PLAIN.replace("{{ '<|im_start|>'", "{{ bos_token + '<|im_start|>'"),
+    "half trimmed": PLAIN.replace("content']", "content'].lstrip()"),
+    "one role trimmed": PLAIN.replace("message['content']", "(message['content'] | trim "
+                                      "if message['role'] == 'user' else message['content'])"),
+    "a system message added": "{% if messages[0]['role'] != 'system' %}{% set messages = [{'role': "
+                              "'system', 'content': 'A'}] + messages %}{% endif %}" + PLAIN,
+}
+FAILING = {
+    "all messages twice": PLAIN + PLAIN,
+    "no date of llama 3.1": LLAMA31.replace('{%- set date_string = "26 Jul 2024" %}', ""),
     "no template": None,
     "empty": "",
     "not the default": [{"name": "tool_use", "template": PLAIN}],
-    "another format": PLAIN.replace("<|im_", "<|turn_"),
-    "spaces in [INST]": NEMO.replace("[INST]", "[INST] "),
-    "a space before the answer": NEMO.replace('{{- message', '{{- " " + message'),
-    "no eos after the user": ZEPHYR.replace("eos_token", "'\n'", 1),
-    "no newline after the role": PLAIN.replace("['role'] + '\n'", "['role']"),
-    "no start of the answer": PLAIN.replace("'<|im_start|>assistant\n'", "'<|im_start|>'"),
-    "a newline at the end": RAW.partition("{{ '<")[0] + "<|im_start|>assistant\n",
-    "text after the turn": PLAIN.replace("'<|im_end|>' + '\n'", "'<|im_end|>\n\n'"),
-    "text before the turn": PLAIN.replace("{{ '<|im_start|>' +", "{{ 'A<|im_start|>' +"),
-    "text after the start of the answer": PLAIN.replace("assistant\n'", "assistant\nA'"),
-    "text after the default": DEFAULT.replace("brief.<|im_end|>\n", "brief.<|im_end|>\nA"),
-    "no turn of the assistant": ZEPHYR.replace("'<|assistant|>\n' +", "'<|assistant|>' +"),
-    "newline left out": RAW.replace("{% endfor %}", "{%- endfor %}"),
-    "newline left out after the role": RAW.replace("m.role }}", "m.role -}}"),
-    "spaces after the turn": RAW.replace("\n{% endfor", "  {% endfor"),
-    "bos before every turn": PLAIN.replace("{{ '<|im_start|>'", "{{ bos_token + '<|im_start|>'"),
-    "trim elsewhere": PLAIN.replace("{{ '<|im_start|>' +", "{% set message = message | trim %}"
-                                    "{{ '<|im_start|>' +"),
-    "strip": PLAIN + "{{ x.strip() }}",
-    "a system prompt of mistral": NEMO + "{{ '[SYSTEM_PROMPT]' + text + '[/SYSTEM_PROMPT]' }}",
-    "thinking": PLAIN + "<think>",
-    "a message added": "{% set messages = [{'role': 'system'}] + messages %}" + PLAIN,
-    "a variable system message": "{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}" + PLAIN,
-    "a quote in the default": DEFAULT.replace("Be brief.", "Don\\'t."),
-    "two defaults": DEFAULT + DEFAULT.replace("Be brief.", "Be long."),
-    "system of llama 3.1 without date": LLAMA31.replace("Cutting Knowledge Date", "Cut"),
-    "no date of llama 3.1": LLAMA31.replace('{%- set date_string = "26 Jul 2024" %}', ""),
-    "another default of llama 3.1": LLAMA31.replace('system_message = ""', 'system_message = "A"'),
-    "system of llama 3.1 not trimmed": LLAMA31.replace("[0]['content']|trim", "[0]['content']"),
+    "no Jinja": "{% for m in messages %}{{ m.content }}",
+    "an unknown tag": PLAIN + "{% generation %}",
+    "an unknown function": PLAIN + "{{ launch() }}",
+    "no content": PLAIN.replace("message['content']", "'A'"),
+    "content twice": PLAIN.replace("message['content']", "message['content'] + message['content']"),
+    "content in capitals": PLAIN.replace("message['content']", "message['content'].upper()"),
+    "the last message alone": PLAIN.replace("in messages", "in messages[-1:]"),
+    "it refuses": PLAIN + "{{ raise_exception('no') }}",
+    "a way out of the sandbox": PLAIN + "{{ ''.__class__.__mro__[1].__subclasses__()[0].x() }}",
+    "a write": PLAIN + "{{ messages.append(messages[0]) }}",
 }
 CHAT_TOKENS = [*SPECIALS, *CHATML, "[INST]", "[/INST]", "<|end|>"]
 
@@ -552,37 +549,44 @@ def chat_tokenizer(folder, template, specials=CHAT_TOKENS):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_chat_makes_the_ids_of_the_text_that_jinja_renders(tmp_path, name):
-    template, chat_format, talk, with_system = KNOWN[name]
+    template, end, talk, with_system = KNOWN[name]
     tok = chat_tokenizer(tmp_path, template)
-    assert tok.chat_format == chat_format
+    assert tok.chat_format == template
     assert tok.chat(TALK) == tok.encode(talk, special=True)
     if with_system is None:
-        with pytest.raises(ValueError, match="mistral has no role 'system'"):
+        with pytest.raises(ValueError, match="the chat template changes a message"):
             tok.chat(SYSTEM + TALK)
     else:
         assert tok.chat(SYSTEM + TALK) == tok.encode(with_system, special=True)
-    with pytest.raises(ValueError, match="no role '<.eot_id.>'"):
+    with pytest.raises(ValueError, match="unknown role"):
         tok.chat([{"role": "<|eot_id|>", "content": "x"}])
-    end = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}.get(chat_format, "<|end|>")
     assert tok.stop_ids == {tok.added["<|end|>"], tok.added[end]}
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [*KNOWN, *VARIANTS])
 def test_random_conversations_are_rendered_as_jinja_does(tmp_path, name):
-    sandbox = pytest.importorskip("jinja2.sandbox", reason="renders the templates with jinja2")
-    template, chat_format, *_ = KNOWN[name]
+    template = VARIANTS.get(name) or KNOWN[name][0]
     tok = chat_tokenizer(tmp_path, template)
-    jinja = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    jinja = jinja.from_string(template)
+    jinja = SandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
     rng = random.Random(name)
     for _ in range(60):
         roles = ["user", "assistant"] * rng.randrange(3) + ["user"]
-        roles = ["system"] * (chat_format != "mistral" and rng.random() < 0.5) + roles
+        roles = ["system"] * ("INST" not in template and rng.random() < 0.5) + roles
         contents = ["".join(rng.choices(" \n1athein{}", k=rng.randrange(9))) for _ in roles]
         talk = [{"role": role, "content": content} for role, content in zip(roles, contents)]
         text = jinja.render(messages=talk, add_generation_prompt=True, eos_token="<|end|>",
                             bos_token="<|begin_of_text|>")
         assert tok.chat(talk) == tok.encode(text, special=True), talk
+
+
+def test_a_template_that_changes_some_contents_refuses_these_alone(tmp_path):
+    cut = PLAIN.replace("message['content']", "message['content'].split('</think>')[-1]")
+    skip = PLAIN.replace("in messages", "in messages if message['content']")
+    for template, good, bad in (cut, "the", "x</think>the"), (skip, "the", ""):
+        tok = chat_tokenizer(tmp_path, template)
+        assert tok.chat([{"role": "user", "content": good}])
+        with pytest.raises(ValueError, match="the chat template changes a message"):
+            tok.chat([{"role": "user", "content": bad}])
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -603,11 +607,11 @@ def test_a_conversation_goes_on_with_the_ids_of_the_whole(tmp_path, name):
 def test_a_conversation_without_messages_asks_for_an_answer(tmp_path):
     start = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     tok = chat_tokenizer(tmp_path, LLAMA3)
-    assert tok.decode(tok.chat([])) == "<|begin_of_text|>" + start
+    assert tok.decode(tok.chat([])) == start
     assert tok.decode(tok.chat([], after="assistant")) == "<|eot_id|>" + start
     assert tok.chat([], after="user", close=False) == []
-    tok = chat_tokenizer(tmp_path, LLAMA31)
-    assert tok.decode(tok.chat([])) == f"{HEAD3}{DATE}<|eot_id|>{start}"
+    with pytest.raises(ValueError, match="the chat template: UndefinedError"):
+        chat_tokenizer(tmp_path, LLAMA31).chat([])
 
 
 def test_content_cannot_end_its_turn(tmp_path):
@@ -619,18 +623,12 @@ def test_content_cannot_end_its_turn(tmp_path):
         assert len(forged) > len(plain)
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_an_unknown_template_is_refused_by_chat_alone(tmp_path, name):
-    tok = chat_tokenizer(tmp_path, UNKNOWN[name])
+@pytest.mark.parametrize("name", FAILING)
+def test_a_template_that_fails_is_refused_by_chat_alone(tmp_path, name):
+    tok = chat_tokenizer(tmp_path, FAILING[name])
     assert tok.chat_format is None and tok.encode("the") == [257]
-    with pytest.raises(ValueError, match="no chat template, or one of an unknown format"):
+    with pytest.raises(ValueError, match="no chat template, or one that does not work"):
         tok.chat(TALK)
-
-
-def test_a_format_needs_its_tokens(tmp_path):
-    assert chat_tokenizer(tmp_path, PLAIN, ["<|im_start|>"]).chat_format is None
-    assert chat_tokenizer(tmp_path, ZEPHYR, ["<|im_start|>"]).chat_format is None
-    assert chat_tokenizer(tmp_path, LLAMA3, SPECIALS[1:4]).chat_format is None
 
 
 def test_llama_3_2_dates_its_prompt_today(tmp_path):
@@ -643,11 +641,12 @@ def test_llama_3_2_dates_its_prompt_today(tmp_path):
 def test_where_a_template_comes_from(tmp_path):
     tok = load(tmp_path, tokenizer_model())                          # Meta's directory
     llama3 = KNOWN["llama 3"]
-    assert tok.chat(TALK) == tok.encode(llama3[2], special=True) and tok.chat_format == "llama3"
+    assert tok.chat(TALK) == tok.encode(llama3[2], special=True)
     stops = ("end_of_text", "eot_id", "eom_id")
     assert tok.stop_ids == {tok.added[f"<|{name}|>"] for name in stops}
-    tok = load(tmp_path, tokenizer_json(), tokenizer_config={})
-    assert tok.chat_format is None
+    assert load(tmp_path, tokenizer_json()).chat_format is None      # not Meta's file
+    (tmp_path / "tokenizer.json").unlink()
+    assert load(tmp_path, tokenizer_model(), tokenizer_config={"x": 1}).chat_format is None
     named = [{"name": "rag", "template": "x"}, {"name": "default", "template": LLAMA31}]
     tok = chat_tokenizer(tmp_path, named)
     assert tok.chat(TALK) == tok.encode(KNOWN["llama 3.1"][2], special=True)
@@ -655,7 +654,7 @@ def test_where_a_template_comes_from(tmp_path):
     tok = chat_tokenizer(tmp_path, named)
     assert tok.chat(TALK) == tok.encode(KNOWN["default"][2], special=True)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="chat_template.jinja: Unicode"):
+    with pytest.raises(ValueError, match="Unicode"):
         Tokenizer.from_dir(tmp_path)
 
 
@@ -711,13 +710,14 @@ BAD_JSONS = {
     "byte_fallback": (change("model", "byte_fallback", to=True), "byte_fallback"),
     "dropout": (change("model", "dropout", to=0.1), "dropout"),
     "word suffix": (change("model", "end_of_word_suffix", to="</w>"), "end_of_word_suffix"),
-    "subword prefix": (change("model", "continuing_subword_prefix", to="##"), "##"),
-    "SentencePiece spaces": (change("model", "vocab", "▁", to=999), "▁"),
+    "subword prefix": (change("model", "continuing_subword_prefix", to="##"), "subword_prefix"),
+    "SentencePiece spaces": (change("model", "vocab", "▁", to=999), "SentencePiece"),
     "NFKC": (change("normalizer", to={"type": "NFKC"}), "NFKC"),
     "two normalizers": (change("normalizer", to={"type": "Sequence", "normalizers": [
         {"type": "NFC"}, {"type": "Lowercase"}]}), "Lowercase"),
     "no pre_tokenizer": (change("pre_tokenizer", to=None), "pre_tokenizer"),
     "an empty sequence": (pre(), "pre_tokenizer"),
+    "a sequence in a sequence": (pre(sequence(split("a")), byte_level()), "Sequence"),
     "unknown pre_tokenizer": (change("pre_tokenizer", to={"type": "Whitespace"}), "Whitespace"),
     "unknown step": (pre({"type": "Punctuation"}, byte_level()), "Punctuation"),
     "split without bytes": (pre(split("a")), "Split"),
@@ -738,11 +738,11 @@ BAD_JSONS = {
     "a set union": (pre(split("[a||b]"), byte_level()), "a||b"),
     "no merges": (change("model", "merges", to=REMOVE), "merges"),
     "no vocab": (change("model", "vocab", to=REMOVE), "vocab"),
-    "no model": (change("model", to=REMOVE), "vocab"),
+    "no model": (change("model", to=REMOVE), "model"),
     "no added_tokens": (change("added_tokens", to=REMOVE), "added_tokens"),
-    "model is a list": (change("model", to=[]), "vocab"),
-    "vocab is a list": (change("model", "vocab", to=[1]), "vocab"),
-    "merges is a number": (change("model", "merges", to=3), "merges"),
+    "model is a list": (change("model", to=[]), "TypeError"),
+    "vocab is a list": (change("model", "vocab", to=[1]), "TypeError"),
+    "merges is a number": (change("model", "merges", to=3), "TypeError"),
     "merge of three": (change("model", "merges", 0, to="a b c"), "merges"),
     "merge of numbers": (change("model", "merges", 0, to=[1, 2]), "str"),
     "merge of no token": (change("model", "merges", 1, to="q z"), "merges"),
@@ -758,16 +758,15 @@ BAD_JSONS = {
     "special id taken": (change(*ADDED, "id", to=5), "same id"),
     "special name in the vocab": (change("model", "vocab", SPECIALS[0], to=999), "two ids"),
     "special name twice": (change("added_tokens", 1, "content", to=SPECIALS[0]), "two ids"),
-    "empty special": (change(*ADDED, "content", to=""), "empty"),
     "surrogate special": (change(*ADDED, "content", to="\ud800"), "surrogate"),
     "special name is a number": (change(*ADDED, "content", to=7), "int"),
-    "lstrip": (change(*ADDED, "lstrip", to=True), "flag"),
-    "rstrip": (change(*ADDED, "rstrip", to=True), "flag"),
-    "single_word": (change(*ADDED, "single_word", to=True), "flag"),
-    "negative id": (change(*ADDED, "id", to=-1), "-1"),
-    "fractional id": (change(*ADDED, "id", to=0.5), "0.5"),
+    "lstrip": (change(*ADDED, "lstrip", to=True), "lstrip"),
+    "rstrip": (change(*ADDED, "rstrip", to=True), "rstrip"),
+    "single_word": (change(*ADDED, "single_word", to=True), "single_word"),
+    "negative id": (change(*ADDED, "id", to=-1), "ids must be"),
+    "fractional id": (change(*ADDED, "id", to=0.5), "ids must be"),
     "boolean id": (change("model", "vocab", "Ġthe", to=True), ""),
-    "huge id": (change(*ADDED, "id", to=2**40), str(2**40)),
+    "huge id": (change(*ADDED, "id", to=2**40), "ids must be"),
     "text id": (change("model", "vocab", "th", to="256"), "str"),
     "long token": (change("model", "vocab", "a" * 9999, to=999), "too long"),
 }
@@ -789,7 +788,7 @@ def test_normalized_added_tokens_are_refused_under_nfc_only(tmp_path):
     root["added_tokens"][0]["normalized"] = True
     load(tmp_path, root)
     root["normalizer"] = {"type": "NFC"}
-    with pytest.raises(ValueError, match="flag"):
+    with pytest.raises(ValueError, match="normalized"):
         load(tmp_path, root)
 
 
@@ -842,7 +841,7 @@ def test_a_damaged_file_gives_a_value_error_or_a_working_tokenizer(tmp_path, nam
             tok = Tokenizer.from_dir(tmp_path)
         except ValueError as error:
             refused += 1
-            assert name in str(error) and "\n" not in str(error)
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
             continue
         for text in ("the in\n\n x中é <|eot_id|>", "a  b 123"):
             try:
