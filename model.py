@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from sentencekv import causal_attention, need
 
 @contextmanager
@@ -224,8 +225,7 @@ class Llama(nn.Module):
                     name = name.removeprefix("model.")
                     need(name not in tensors, f"{name} is there twice")
                     tensors[name] = tensor
-        with blame(path):
-            return assemble(config, tensors, device, dtype, progress)
+        return assemble(config, tensors, path, device, dtype, progress)
 
 def sample(logits, temperature=0.0, top_p=1.0, rng=None):
     """logits (B, V) -> ids (B,). Nucleus sampling; temperature 0 takes the largest logit."""
@@ -331,17 +331,17 @@ def read_safetensors(file, dtypes=DTYPES):
     need(start + at == len(raw), f"its tensors have {at} bytes, not {len(raw) - start}")
     return tensors
 
-def assemble(config, tensors, device=None, dtype=None, progress=None):
-    """A Llama with copies of these tensors, {parameter: tensor}. device None: the CPU."""
+def assemble(config, tensors, path, device=None, dtype=None, progress=None):
+    """A Llama with copies of these tensors, {parameter: tensor}, which were read from path."""
     need(dtype in (None, torch.float64, *DTYPES.values()), f"{dtype = !r} is unsupported")
-    need(config.num_hidden_layers <= len(tensors), f"there are only {len(tensors)} tensors")
-    with torch.device("meta"):                              # allocates no memory
-        model = Llama(config)
     tensors = {name: t for name, t in tensors.items() if "inv_freq" not in name}    # of old files
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        same = torch.equal(tensors.pop("lm_head.weight"), tensors["embed_tokens.weight"])
-        need(same, "lm_head.weight differs from the tied embeddings")
-    model.load_state_dict(tensors, assign=True)             # raises for other names or shapes
+    with blame(path), torch.device("meta"):                 # allocates no memory
+        need(config.num_hidden_layers <= len(tensors), f"there are only {len(tensors)} tensors")
+        model = Llama(config)
+        if config.tie_word_embeddings and "lm_head.weight" in tensors:
+            same = torch.equal(tensors.pop("lm_head.weight"), tensors["embed_tokens.weight"])
+            need(same, "lm_head.weight differs from the tied embeddings")
+        model.load_state_dict(tensors, assign=True)         # raises for other names or shapes
     dtype = dtype or model.embed_tokens.weight.dtype
     for done, p in enumerate(model.parameters(), start=1):
         p.data = p.data.to(device or "cpu", dtype, copy=True)

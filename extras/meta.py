@@ -28,7 +28,7 @@ def load_meta(path, device=None, dtype=None, progress=None):
             ours = model_name(name)
             need(ours != name or name == "norm.weight", f"{name!r} is unexpected")
             tensors[ours] = tensor
-        model = assemble(config, tensors, device, dtype, progress)
+    model = assemble(config, tensors, path / "consolidated.00.pth", device, dtype, progress)
     for block in model.layers:
         from_meta_layout(block.self_attn.q_proj.weight, config.head_dim)
         from_meta_layout(block.self_attn.k_proj.weight, config.head_dim)
