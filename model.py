@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from sentencekv import causal_attention, need
 
 @contextmanager
@@ -150,7 +149,7 @@ class Llama(nn.Module):
             if begun:
                 cache.next_layer = None     # it has only a part of the tokens
             raise
-        if cache.length > self.config.max_position_embeddings:
+        if getattr(cache, "length", 0) > self.config.max_position_embeddings:
             warnings.warn("the context is longer than max_position_embeddings of this model")
         return logits
 
@@ -342,9 +341,10 @@ def assemble(config, tensors, path, device=None, dtype=None, progress=None):
             same = torch.equal(tensors.pop("lm_head.weight"), tensors["embed_tokens.weight"])
             need(same, "lm_head.weight differs from the tied embeddings")
         model.load_state_dict(tensors, assign=True)         # raises for other names or shapes
-    dtype = dtype or model.embed_tokens.weight.dtype
-    for done, p in enumerate(model.parameters(), start=1):
-        p.data = p.data.to(device or "cpu", dtype, copy=True)
+    dtype, state = dtype or model.embed_tokens.weight.dtype, {}
+    for name, tensor in tensors.items():
+        state[name] = tensor.to(device or "cpu", dtype, copy=True)
         if progress is not None:
-            progress(done, len(tensors))
+            progress(len(state), len(tensors))
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
