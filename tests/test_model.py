@@ -879,7 +879,7 @@ def whole_files():
     del tensors[Q]
     shared, fewer = safetensors_parts(tensors)
     shared[Q] = shared[Q.replace("1", "0")]
-    early = {name: {**entry, "data_offsets": [at - 64 for at in entry["data_offsets"]]}
+    early = {name: {**entry, "data_offsets": [at - 32 for at in entry["data_offsets"]]}
              for name, entry in header.items() if name not in ("__metadata__", FIRST)}
     broken = "no safetensors file, or cut off"
     return {
@@ -896,7 +896,7 @@ def whole_files():
         "a name twice": (pack(twice, data), "model.safetensors"),
         "a gap": (pack({n: e for n, e in header.items() if n != Q}, data), "is at byte"),
         "shared bytes": (pack(shared, fewer), "is at byte"),
-        "an overlap": (pack({FIRST: header[FIRST], **early}, data[64:]), "is at byte"),
+        "an overlap": (pack({FIRST: header[FIRST], **early}, data[32:]), "is at byte"),
         "no tensors": (pack(b"{}", b"x"), "its tensors have 0 bytes"),
         "an extra tensor": (pack(*safetensors_parts(extra)), "Unexpected key", "model.extra"),
         "big number": (pack(b'{"a": ' + b"9" * 5000 + b"}", data), "model.safetensors"),
