@@ -159,7 +159,7 @@ class Tokenizer:
             self._use_template(template, tokens)
 
     def _use_template(self, template, tokens):
-        """As transformers does. chat_format stays None if it fails for a small conversation."""
+        """As transformers does, in a sandbox. chat_format stays None if a short talk fails."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals |= {**tokens, "raise_exception": lambda text: need(False, text),
