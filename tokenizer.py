@@ -7,7 +7,7 @@
 Reads Meta's tokenizer.model of Llama 3, and tokenizer.json (Llama, SmolLM2, GPT-2, Qwen, DeepSeek).
 The ids equal the `tokenizers` library's; a file for which they would not raises ValueError.
 """
-import base64, codecs, json, re, time, unicodedata
+import base64, codecs, json, operator, re, time, unicodedata
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,7 +97,9 @@ class Tokenizer:
         """Yield text as the ids come. A character whose bytes lie in two tokens comes with the
         second; an unused id below n_vocab gives U+FFFD, any other id raises ValueError."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for i in ids:
+        for i in ids:                                           # ints, or tensors of one id
+            with blame("a token id"):
+                i = operator.index(i)
             need(0 <= i < self.n_vocab, f"id {i} is not in the vocabulary")
             yield decoder.decode(self._bytes.get(i, b"\xff"))
         yield decoder.decode(b"", final=True)

@@ -235,3 +235,11 @@ def test_lengths_that_are_none_are_refused(lengths):
 def test_a_dtype_that_is_none_for_weights_is_refused(dtype):
     with pytest.raises(ValueError, match="dtype = .* is unsupported"):
         Llama.from_pretrained(TINY, dtype=dtype)
+
+def test_ids_of_torch_and_numpy_are_decoded_and_what_is_no_id_is_refused():
+    ids = tokenizer.encode("The dog ran.")
+    for same in (torch.tensor(ids), torch.tensor(ids).numpy(), [torch.tensor([i]) for i in ids]):
+        assert tokenizer.decode(same) == "The dog ran."
+    for wrong in (1.0, "5", None, torch.tensor([5, 6]), torch.tensor(1.5)):
+        with pytest.raises(ValueError, match="a token id: TypeError"):
+            tokenizer.decode([wrong])

@@ -188,6 +188,16 @@ def test_a_pickled_cache_goes_on_and_contains_no_model(llama):
     more = [torch.cat((text(30), said[0], text(5, 9)))]
     assert say(llama, more, loaded).equal(say(llama, more, cache))
 
+def test_a_forward_of_ones_own_has_the_positions_of_the_cache():
+    model = tiny("GPT2")                # with learned positions: a shift is no matter to rotary ones
+    use_sentencekv(model)
+    ids, mask = left_padded(ROWS)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, past_key_values=SentenceCache(FLAGS, budget=128))
+        for b, row in enumerate(ROWS):
+            alone = model(row[None], past_key_values=SentenceCache(FLAGS, budget=128))
+            assert torch.allclose(out.logits[b, -1], alone.logits[0, -1], atol=1e-4)
+
 def test_several_samples_of_one_prompt_fill_one_cache(llama):
     cache = SentenceCache(FLAGS, budget=128)
     torch.manual_seed(0)
