@@ -144,7 +144,7 @@ def test_parameters_without_a_gradient_stay_and_groups_have_their_own_settings()
 
 @pytest.mark.parametrize("settings, message", [
     (dict(s=20, k=10), "SGC needs 1 <= s <= k <= chunk, got s 20, k 10, chunk 256: OMP recovers"),
-    (dict(s=0), "got s 0"), (dict(k=64, chunk=32), "got s 10, k 64, chunk 32"),
+    (dict(s=0), "got s 0"), (dict(k=64, chunk=32), "got s 6, k 64, chunk 32"),
     (dict(second="none"), 'second must be "chunk" or "number", got \'none\''),
     (dict(lr=0.0), "lr must be positive"), (dict(betas=(0.9, 1.0)), r"betas in \[0, 1\)"),
     (dict(), "got torch.bfloat16: train on float32 copies")])
@@ -216,9 +216,9 @@ def test_needles_ask_for_a_new_fact_and_answers_counts_whole_answers(tokenizer):
 
 def test_sgc_learns_new_facts_and_exact_recovery_finds_all_entries(monkeypatch):
     monkeypatch.setattr(tune, "LENGTH", 128)
-    model, result = tune.run(TINY, 3, 25, 40, method="sgc", lr=4e-2)
-    assert sum(result["new"]) > 16 and sum(result["old"]) > 34      # 8 new ones before
-    assert 0.2 < result["residual"] < 0.5 and 0.3 < result["found"] < 0.9
+    _, result = tune.run(TINY, 3, 25, 40, method="sgc", lr=4e-2)
+    assert sum(result["new"]) > 22 and sum(result["old"]) > 36      # of 40; about 8 new ones before
+    assert 0.2 < result["residual"] < 0.45 and 0.7 < result["found"] < 0.95
     _, exact = tune.run(TINY, 3, 3, 2, method="exact", k=256, s=8)
     assert exact["found"] > 0.999
 

@@ -91,8 +91,8 @@ class SGC(torch.optim.Optimizer):
     is |y - A x| / |y| over the last group. ValueError: the settings cannot work.
     """
 
-    def __init__(self, params, lr=2e-2, k=61, s=10, chunk=256, second="chunk", seed=0,
-                 betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0):
+    def __init__(self, params, lr=2e-2, k=61, s=6, chunk=256, second="chunk", seed=0,
+                 betas=(0.5, 0.98), eps=1e-8, weight_decay=0.0):
         need(1 <= s <= k <= chunk, f"SGC needs 1 <= s <= k <= chunk, got s {s}, k {k}, chunk "
              f"{chunk}: OMP recovers at most k entries of a chunk from k numbers")
         need(second in ("chunk", "number"), f'second must be "chunk" or "number", got {second!r}')
