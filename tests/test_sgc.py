@@ -47,8 +47,7 @@ def plain_omp(A, y, s):
 
 def recovered(k, s, n=256, trials=200):
     """Share of random s-sparse vectors that OMP recovers from k numbers."""
-    rng = torch.Generator().manual_seed(k)
-    x = sparsify(torch.randn(trials, n, generator=rng), s).double()
+    x = sparsify(torch.randn(trials, n, generator=torch.Generator().manual_seed(k)), s).double()
     A = random_signs(k, n, k, x)
     assert set(A.unique().abs().tolist()) == {k ** -0.5}
     indices, values, _ = orthogonal_matching_pursuit(A, x @ A.T, s)
@@ -58,7 +57,7 @@ def recovered(k, s, n=256, trials=200):
 @pytest.mark.parametrize("s", [2, 4, 8])
 def test_omp_recovers_sparse_vectors_from_c_s_log_n_numbers(s):
     low, middle, high = [recovered(int(c * s * math.log(256)), s) for c in (0.6, 1.1, 2.5)]
-    assert low < 0.2 < middle < 0.95 < 0.98 <= high, (low, middle, high)
+    assert low < 0.2 < middle < 0.95 and high >= 0.98, (low, middle, high)
 
 def test_omp_gives_dependent_atoms_no_weight_and_stays_finite():
     A = torch.eye(4)[:, [0, 0, 1, 1, 2]]                            # rank 3, atoms twice
@@ -101,11 +100,9 @@ def test_a_step_is_the_definition_of_the_docstring(second, monkeypatch):
         x = torch.cat(change)[:35].view(5, 7)
         expected = expected - lr * 0.2 * expected - lr * (s / k) ** 0.5 * x
         torch.testing.assert_close(w.detach(), expected)
-        assert 0 < optimizer.residual < 1
 
 def test_a_second_moment_in_k_numbers_loses_the_sparse_vector_and_one_number_keeps_it():
-    rng = torch.Generator().manual_seed(0)
-    h = sparsify(torch.randn(100, 256, generator=rng), 8)
+    h = sparsify(torch.randn(100, 256, generator=torch.Generator().manual_seed(0)), 8)
     for second, size, least, most in (("chunk", 1.0, 0.95, 1), ("chunk", 1e4, 0.95, 1),
                                       ("number", 1.0, 0, 0)):       # y is the signs of A h alone
         w = torch.zeros(100, 256, requires_grad=True)
@@ -123,8 +120,8 @@ def test_the_state_has_the_claimed_size_and_continues_with_the_same_bits(second,
     for seed in range(3):
         step(first, straight, seed)
     assert tune.state_numbers(first) == 6 * numbers
-    kept = [x for state in first.state.values() for x in state.values() if torch.is_tensor(x)]
-    assert sum(x.untyped_storage().nbytes() for x in kept) == 6 * numbers * 4
+    kept = [x for state in first.state.values() for x in state.values()]
+    assert sum(x.untyped_storage().nbytes() for x in kept if torch.is_tensor(x)) == 24 * numbers
     torch.save((first.state_dict(), straight), tmp_path / "state")
     state, resumed = torch.load(tmp_path / "state")
     other = SGC(resumed, k=20, s=4, chunk=32, seed=0)               # the file's settings win
@@ -156,17 +153,15 @@ def test_impossible_settings_say_what_to_change(settings, message):
 
 def test_lora_starts_as_the_model_trains_only_what_it_adds_and_merges():
     model, tokens = random_llama("tiny").requires_grad_(True), torch.arange(20)[None]
-    before, names = model(tokens, DenseKV()), [name for name, _ in model.named_parameters()]
+    before = model(tokens, DenseKV())
     added = add_lora(model, 3, seed=0)
     assert torch.equal(model(tokens, DenseKV()), before)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in added}
-    for p in added:
-        p.data += 0.1
+    torch._foreach_add_([p.data for p in added], 0.1)
     changed = model(tokens, DenseKV()).detach()
     assert not torch.allclose(changed, before)
     merge_lora(model)
     torch.testing.assert_close(model(tokens, DenseKV()).detach(), changed)
-    assert [name for name, _ in model.named_parameters()] == names
 
 def test_galore_is_adamw_in_the_gradients_subspace():
     gradient = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
@@ -213,14 +208,15 @@ def test_needles_ask_for_a_new_fact_and_answers_counts_whole_answers(tokenizer):
     old = tune.answers(model, tokenizer, tune.old_needle, 40, seed=0)
     new = tune.answers(model, tokenizer, tune.new_needle, 40, seed=0)
     assert len(old) == len(new) == 40 and sum(old) >= 38 and 2 <= sum(new) <= 16
+    model.generate = lambda *_: torch.tensor([[5, 5], [6, 7]])      # the first answer is right
+    assert tune.answers(model, tokenizer, lambda *_: ([1], [5, 6]), 2, seed=0) == [True, False]
 
 def test_sgc_learns_new_facts_and_exact_recovery_finds_all_entries(monkeypatch):
     monkeypatch.setattr(tune, "LENGTH", 128)
     _, result = tune.run(TINY, 3, 25, 40, method="sgc", lr=4e-2)
     assert sum(result["new"]) > 22 and sum(result["old"]) > 36      # of 40; about 8 new ones before
     assert 0.2 < result["residual"] < 0.45 and 0.7 < result["found"] < 0.95
-    _, exact = tune.run(TINY, 3, 3, 2, method="exact", k=256, s=8)
-    assert exact["found"] > 0.999
+    assert tune.run(TINY, 3, 3, 2, method="exact", k=256, betas=tune.BETAS)[1]["found"] > 0.999
 
 def main(*options):
     train_tiny.main(["--tune", str(TINY), "--steps", "1", "--needles", "2", *options])
@@ -238,6 +234,8 @@ def test_the_command_prints_a_table_and_writes_a_checkpoint(tmp_path, capsys):
     assert torch.equal(model.embed_tokens.weight, start.embed_tokens.weight)
     with pytest.raises(SystemExit, match="already holds a checkpoint: choose another --out"):
         main("--out", str(out))
+    main("--lora", "2", "--out", str(tmp_path / "merged"))
+    assert Llama.from_pretrained(tmp_path / "merged").config == start.config
 
 @pytest.mark.parametrize("options, message", [
     (["--k", "10"], "are settings of --sgc"), (["--compare", "--lr", "1"], "settings of its own"),
