@@ -4,9 +4,10 @@
     python train_tiny.py --long --out DIR         the recipe of checkpoints/tiny, about 30 minutes
     python train_tiny.py --align --out DIR        also trains the paper's rule of retrieval
     python train_tiny.py --eval checkpoints/tiny  no training: exact match by length of context
+    python train_tiny.py --tune checkpoints/tiny  fine-tunes, see experiments/training/tune.py
 
-The texts come from experiments/training/corpus.py. The loss is plain cross-entropy; only --align
-adds a term for retrieval (experiments/training/align.py). The result is a Hugging Face directory.
+The texts come from experiments/training/corpus.py. The loss is cross-entropy; --align adds a term
+for retrieval (experiments/training/align.py). The result is a Hugging Face directory.
 
 B documents of L tokens; Hq query heads, H KV heads, G = Hq / H, d head width, V vocabulary.
 """
@@ -28,6 +29,7 @@ from experiments.training.align import aligning
 from experiments.training.batches import batch
 from experiments.training.checkpoint import save_checkpoint
 from experiments.training.corpus import VALUE, needle, story             # story: for importers
+from experiments.training.tune import main as tune
 from experiments.training.vocabulary import train_bpe, write_tokenizer
 from model import DenseKV, Llama
 from tokenizer import Tokenizer
@@ -90,7 +92,6 @@ def make_optimizers(masters):
 
 def train(out, recipe, seed, tokenizer, align=None):
     """bf16 compute on float32 master weights; writes a checkpoint every 250 steps.
-
     align: see aligning() in experiments/training/align.py; None: cross-entropy alone.
     """
     rng, model = random.Random(seed), new_model(seed)
@@ -131,17 +132,15 @@ def evaluate(model, tokenizer, length, n=200, seed=0, new_cache=DenseKV, **kind)
     """Share of n needles whose whole answer is generated, greedily; kind: arguments of needle."""
     rng, right, rows = random.Random(seed), 0, max(1, 32768 // length)
     for first in range(0, n, rows):
-        count = min(rows, n - first)
-        needles = [needle(rng, length, tokenizer, **kind) for _ in range(count)]
+        needles = [needle(rng, length, tokenizer, **kind) for _ in range(min(rows, n - first))]
         prompts, answers = zip(*needles)
         tokens = torch.tensor(prompts, device=model.norm.weight.device)         # (rows, length)
-        longest = max(map(len, answers))
-        steps = model.generate(tokens, new_cache(), longest)
+        steps = model.generate(tokens, new_cache(), max(map(len, answers)))
         generated = torch.stack([*steps], dim=1).tolist()
         right += sum(row[:len(ids)] == ids for row, ids in zip(generated, answers))
     return right / n
 
-def parse(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -154,13 +153,14 @@ def parse(argv=None):
     add("--density", type=float, default=0.0, help="share of facts among sentences (0: 8 facts)")
     return parser.parse_args(argv)
 
-def main(argv=None):
-    args = parse(argv)
+def main(argv):
     torch.set_flush_denormal(True)
+    if any(word.split("=")[0] == "--tune" for word in argv):
+        return tune(argv)
+    args = parse(argv)
     if not args.eval:
         if not hasattr(torch.optim, "Muon"):
-            sys.exit(f"training needs torch 2.9 or newer (torch.optim.Muon), "
-                     f"this is {torch.__version__}")
+            sys.exit(f"training needs torch 2.9 or newer (for Muon), this is {torch.__version__}")
         if (args.out / "model.safetensors").exists():
             sys.exit(f"{args.out} already holds a checkpoint: choose another --out")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -176,6 +176,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit("stopped; the last checkpoint that was written is complete")
