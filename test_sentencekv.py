@@ -334,7 +334,7 @@ def test_a_short_row_that_overtakes_a_long_one_fills_its_budget(rank):
 @pytest.mark.parametrize("prompt", [[1], ([1] * 25 + [2]) * 20 + [3] * 100])
 def test_many_short_sentences_fill_the_budget_and_a_text_can_begin_with_one_token(rank, prompt):
     feed = Feed(4, layers=1, Hq=1, H=1, budget=60, sink=2, recent=4, rank=rank)
-    feed.push(torch.tensor([prompt]))
+    assert feed.push(torch.tensor([prompt])).isfinite().all()
     for token in [3] * 30 + [1] * 40:
         feed.check(torch.tensor([[token]]))
 

@@ -47,7 +47,6 @@ class TrainingCache:
     Plain matrix products, 256 queries at a time: on a CPU their backward is faster than SDPA's.
     """
     length = 0
-
     def __init__(self, positions):
         self.positions = positions
 
