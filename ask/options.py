@@ -41,7 +41,7 @@ def add_cache_options(add):
     add("--budget", type=int, help="tokens that a head attends to per step, all included "
         f"(default {default.budget}; story: 256)")
     add("--keep", type=float,
-        help="keep only this factor times the budget of the prompt's tokens (default: all)")
+        help="keep this many times the budget of prompt tokens (default: all)")
     add("--sink", type=int, help=f"first tokens, always attended to (default {default.sink})")
     add("--recent", type=int, help=f"last tokens, always attended to (default {default.recent})")
     add("--window", type=int,
@@ -54,10 +54,10 @@ def add_cache_options(add):
 
 def add_other_options(add):
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per answer (default 128)")
-    add("--temperature", type=float, default=0.0, help="0: the likeliest token (default 0)")
+    add("--temperature", type=float, default=0.0, help="0 means greedy decoding (default 0)")
     add("--top-p", type=float, default=1.0,
         help="sample from the likeliest tokens with this total probability (default 1)")
-    add("--seed", type=int, default=8, help="of the sampling and of the story (default 8)")
+    add("--seed", type=int, default=8, help="for sampling and for the story (default 8)")
     add("--chunk", type=int, metavar="N",
         help="read N tokens at a time, which takes less device memory (default: all at once)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if available, else cpu)")
