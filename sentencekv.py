@@ -380,8 +380,8 @@ class SentenceKV:
     """The cache, for a model that calls begin(tokens) per forward and attend() in every layer.
 
     flags: sentence_flags(token_bytes). Settings: see Settings. host_pool: HostPool, or a class like
-    it. T > 1 tokens are a prompt, a chunk of it, or a follow-up: they attend to all that
-    is stored. T = 1 is a decode step. keep=r drops tokens once, at the first decode step.
+    it. T > 1 tokens are a prompt, a chunk of it, or a follow-up: they attend to all that is stored.
+    T = 1 is a decode step. keep=r drops tokens once, at the first decode step.
     """
 
     def __init__(self, flags, *, host_pool=HostPool, **settings):
@@ -396,7 +396,7 @@ class SentenceKV:
         self.room = 0           # S: the layers have room for this many sentences
         self.step = None        # what all layers need in one forward: begin() makes it
         self.layers = []        # what each layer stores, see _new_layer
-        self.attended = None    # overwritten by every layer
+        self.attended = None    # (B, H, budget, 2, d), overwritten by every layer
         self.next_layer = 0     # None while begin() or attend() runs, and if one was interrupted
 
     @eager
@@ -486,7 +486,7 @@ class SentenceKV:
             open=torch.zeros_like(features),                # features of the open sentence
             query_mean=q.new_zeros(B, H, Hq // H, d, dtype=torch.float32),
             observed=q.new_zeros(B, Hq, s.window, d) if s.keep else None,   # last N queries
-            fetched=None)                                   # (2, B, H, k), see fetched()
+            fetched=None)                                   # (2, B, H, top), see fetched()
 
     def _decode(self, layer, q, kv):
         """T = 1: rank the sentences, fetch the best, attend to them and to the token itself."""
@@ -593,7 +593,7 @@ class SentenceKV:
              f"H, d and dtype of before; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]} of {k.dtype}")
 
     def fetched(self):
-        """What the last decode step fetched: (sentence, taken), (layers, B, H, k) each.
+        """What the last decode step fetched: (sentence, taken), (layers, B, H, top) each.
 
         sentence: numbers in descending score, sink and recent ones first; taken: tokens fetched of
         each. Sentence s of row b has rows[b].lengths[s] tokens of the text rows[b].tokens.

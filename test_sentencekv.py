@@ -324,18 +324,19 @@ def test_the_sentence_that_the_query_asks_for_is_found(rank):
         assert_close(out[0, 0, 0, 0], torch.stack(values).mean(0), 1e-5)
 
 @ranks
-def test_a_short_row_that_overtakes_a_long_one_fills_its_budget(rank):
-    feed = Feed(5, B=2, layers=1, Hq=1, H=1, budget=200, recent=4, max_sentence=20, rank=rank)
-    feed.push(torch.tensor([([1] * 19 + [3]) * 100, [1, 3, 1] + [-1] * 1997]))
-    feed.push(torch.tensor([[1, 1] + [-1] * 148, [3] * 150]))
-    feed.check(torch.tensor([[1], [1]]))
+@pytest.mark.parametrize("keep, B", [(None, 2), (1, 1)])    # keep=1: few tokens of many sentences
+def test_the_budget_is_filled_by_a_row_that_overtakes_and_by_remains_of_sentences(rank, keep, B):
+    feed = Feed(5, B, 2, 1, layers=1, budget=200, max_sentence=20, rank=rank, keep=keep, window=2)
+    feed.push(torch.tensor([([1] * 19 + [3]) * 100, [1, 3, 1] + [-1] * 1997][:B]))
+    feed.push(torch.tensor([[1, 1] + [-1] * 148, [3] * 150][:B]))
+    feed.check(torch.tensor([[1], [1]][:B]))
 
 @ranks
 @pytest.mark.parametrize("prompt", [[1], ([1] * 25 + [2]) * 20 + [3] * 100])
 def test_many_short_sentences_fill_the_budget_and_a_text_can_begin_with_one_token(rank, prompt):
     feed = Feed(4, layers=1, Hq=1, H=1, budget=60, sink=2, recent=4, rank=rank)
     assert feed.push(torch.tensor([prompt])).isfinite().all()
-    for token in [3] * 30 + [1] * 40:
+    for token in [3] * 90 + [1] * 40:               # the layers grow on the way
         feed.check(torch.tensor([[token]]))
 
 # --------------------------------------------------------------------------- rows and interruptions
@@ -473,19 +474,18 @@ def test_the_device_grows_by_vectors_alone():
         feed = Feed(10, Hq=2, H=1, layers=2, dtype=torch.float32, budget=64, recent=8)
         feed.push(torch.tensor([[1] * 9 + [2]] * (T // 10)).view(1, T))
         feed.push(torch.tensor([[1]]))
-        rooms = [layer.vectors.shape[2] for layer in feed.cache.layers]
-        assert max(rooms) <= 2 * (T // 10) + 70
+        room = feed.cache.room
+        assert room <= 2 * (T // 10) + 70
         vectors = sum(layer.vectors.nbytes for layer in feed.cache.layers)
-        tables = sum(x.count.nbytes for x in feed.cache.layers) + max(rooms)
+        tables = sum(x.count.nbytes for x in feed.cache.layers) + room
         return feed.cache.memory(), feed.cache.memory()["device"] - vectors - tables
     (small, rest), (large, same_rest) = bytes_after(300), bytes_after(3000)
     assert rest == same_rest and large["host"] >= 9 * small["host"]
 
 def test_memory_counts_every_tensor_that_the_cache_holds():
-    feed = Feed(11, layers=3, budget=64, recent=8, keep=1, window=4)
+    feed, found = Feed(11, layers=3, budget=64, recent=8, keep=1, window=4), {}
     for length in (150, 1, 1, 5, 1):
         feed.push(feed.tokens(length))
-    found = {}
     def walk(x):
         if isinstance(x, torch.Tensor):
             found[x.untyped_storage().data_ptr()] = x.nbytes
